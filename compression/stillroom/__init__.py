@@ -1,0 +1,1 @@
+"""Stillroom: distil a language model into small, strong ones."""

@@ -1,0 +1,70 @@
+"""Every error Stillroom raises on purpose.
+
+    StillroomError
+    ├── RecipeError          the recipe does not say something that can be done
+    ├── SourceError          a model or a text is missing or cannot be read
+    │   └── DataError        the text is there and cannot be used as the recipe asks
+    ├── MismatchError        two things that must belong together do not
+    ├── StoreError           the artifact store cannot be read or written
+    │   ├── CorruptedError   a stored file is not the file that was stored
+    │   └── StoreUnreachableError
+    ├── ServiceUnreachableError   MLflow or Prefect does not answer
+    ├── StageError           a stage failed while it worked
+    │   ├── NotFiniteError   NaN or infinity where a number was expected
+    │   └── OutOfMemoryError
+    └── GateError            a result is not good enough to be published
+
+Each message says what was expected, what came, and what to do.
+"""
+
+
+class StillroomError(Exception):
+    """Anything that went wrong for a reason the user can act on."""
+
+
+class RecipeError(StillroomError):
+    """The recipe does not describe something that can be done."""
+
+
+class SourceError(StillroomError):
+    """A model or a text is missing, or cannot be read."""
+
+
+class DataError(SourceError):
+    """A text is readable but cannot be used as the recipe asks."""
+
+
+class MismatchError(StillroomError):
+    """Two inputs that must belong together (tokenizer, rows, configuration) do not."""
+
+
+class StoreError(StillroomError):
+    """The artifact store cannot be read or written."""
+
+
+class CorruptedError(StoreError):
+    """The bytes of a stored file are not those that were stored."""
+
+
+class StoreUnreachableError(StoreError):
+    """The server that holds the artifact store does not answer."""
+
+
+class ServiceUnreachableError(StillroomError):
+    """MLflow or Prefect does not answer."""
+
+
+class StageError(StillroomError):
+    """A stage failed while it worked."""
+
+
+class NotFiniteError(StageError):
+    """A NaN or an infinity came out where a number was expected."""
+
+
+class OutOfMemoryError(StageError):
+    """The machine ended a stage that asked for more memory than there is."""
+
+
+class GateError(StillroomError):
+    """A result is not good enough to be published."""
