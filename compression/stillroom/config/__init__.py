@@ -1,0 +1,41 @@
+"""What a recipe may say. `Recipe` is the whole; each stage has a section of its own."""
+
+from stillroom.config.loading import dump_recipe, load_recipe, validate
+from stillroom.config.recipe import Recipe
+from stillroom.config.sections import (
+    Adapter,
+    Cache,
+    Data,
+    Distillation,
+    Evaluation,
+    Execution,
+    Gates,
+    Model,
+    Publish,
+    Quantization,
+    Section,
+    Student,
+    Text,
+    Training,
+)
+
+__all__ = [
+    "Adapter",
+    "Cache",
+    "Data",
+    "Distillation",
+    "Evaluation",
+    "Execution",
+    "Gates",
+    "Model",
+    "Publish",
+    "Quantization",
+    "Recipe",
+    "Section",
+    "Student",
+    "Text",
+    "Training",
+    "dump_recipe",
+    "load_recipe",
+    "validate",
+]

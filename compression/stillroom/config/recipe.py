@@ -1,0 +1,67 @@
+"""The recipe: one file that says what is made, from what, and when it is good enough."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from stillroom.config.sections import (
+    Adapter,
+    Data,
+    Distillation,
+    Evaluation,
+    Execution,
+    Gates,
+    Identifier,
+    Model,
+    Publish,
+    Quantization,
+    Section,
+)
+
+Control = Literal["cross_entropy", "round_to_nearest"]
+
+
+class Recipe(Section):
+    """Make a small model from a large one."""
+
+    name: Identifier
+    """Name of the recipe, in lower case, digits and dashes; runs and experiments bear it."""
+    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+    """Continue text, or sort texts into classes."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Every random number follows from it."""
+    teacher: Model
+    """The model to make smaller."""
+    data: Data
+    """What it is made smaller on, and measured on."""
+    distillation: Distillation | None = None
+    """Train a student with fewer layers; absent: go on with the teacher itself."""
+    quantization: Quantization | None = None
+    """Store the weights in few bits; absent: leave them as they are."""
+    adapters: tuple[Adapter, ...] = ()
+    """Tasks and domains to learn on top of the result."""
+    controls: tuple[Control, ...] = ()
+    """What is made beside the result to judge it: cross_entropy trains the same student without the
+    teacher for the same steps; round_to_nearest quantizes without GPTQ."""
+    evaluation: Evaluation = Evaluation()
+    """What is measured."""
+    gates: Gates = Gates()
+    """What must hold before anything is published."""
+    publish: Publish | None = None
+    """Where the result is registered; absent: it is only measured."""
+    execution: Execution = Execution()
+    """On what the stages run."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        names = [adapter.name for adapter in self.adapters]
+        if len(set(names)) < len(names):
+            raise ValueError(f"adapters must have different names: {', '.join(names)} came")
+        if "cross_entropy" in self.controls and self.distillation is None:
+            raise ValueError("controls: cross_entropy needs a distillation section")
+        if "round_to_nearest" in self.controls and self.quantization is None:
+            raise ValueError("controls: round_to_nearest needs a quantization section")
+        if self.teacher.fine_tune and self.task == "causal_lm":
+            raise ValueError("teacher.fine_tune trains a classifier: task must be "
+                             "sequence_classification, causal_lm came")
+        return self

@@ -1,0 +1,258 @@
+"""The sections of a recipe: one frozen model a stage, each field with its range and unit."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: it cannot change, and it refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Training(Section):
+    """How the one training loop runs."""
+
+    epochs: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Passes over the training rows; ignored where steps is given."""
+    steps: Count | None = None
+    """Optimizer steps; absent: as many as the epochs need."""
+    batch_rows: Annotated[int, Field(ge=1, le=4096)] = 4
+    """Rows in one forward and backward pass."""
+    gradient_accumulation: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Passes added up to one optimizer step."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-4
+    """Highest learning rate of AdamW, reached after the warm-up."""
+    warmup_fraction: Fraction = 0.1
+    """Share of the steps in which the learning rate rises from zero."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Decoupled weight decay of AdamW."""
+    max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this global norm."""
+    checkpoint_every_steps: Count = 100
+    """Optimizer steps between two checkpoints; a crash costs at most so many."""
+    evaluate_every_steps: Count = 50
+    """Optimizer steps between two measurements on held-out rows."""
+
+
+class Model(Section):
+    """A model that exists: where it is, and how it is loaded."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """A hub id, a local folder, s3://bucket/prefix, models:/name@alias, or builtin:smollm2 and
+    builtin:minilm."""
+    revision: str | None = None
+    """Commit or tag on the hub; pin it, so that the same recipe means the same model."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format in which the model is computed."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository ships; only for repositories you have read."""
+    config: str | None = None
+    """Local file with a snapshot of the model's config.json, for estimates without the hub."""
+    fine_tune: Training | None = None
+    """Train the teacher on the labels first; present for a teacher that has never seen the task."""
+
+
+class Text(Section):
+    """A text that exists: where it is, and which columns hold what."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """A hub dataset id, a local file or folder, s3://bucket/prefix, or builtin:python-docs,
+    builtin:python-source, builtin:python-docstrings."""
+    revision: str | None = None
+    """Commit or tag on the hub."""
+    config: str | None = None
+    """Configuration name of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    format: Literal["auto", "txt", "jsonl", "csv", "parquet"] = "auto"
+    """Format of local and S3 files; auto goes by the file's ending."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    label_column: str | None = None
+    """Column that holds the class, for classification."""
+    messages_column: str | None = None
+    """Column that holds a conversation as a list of {role, content}."""
+
+
+class Data(Section):
+    """Which texts are learned from, and how they become rows of tokens."""
+
+    train: Text
+    """Text to learn from; calibration rows are drawn from it too."""
+    evaluation: Text | None = None
+    """Text to measure on; absent: documents held out of the training text."""
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the documents held out where no evaluation text is given."""
+    sequence_length: Annotated[int, Field(ge=8, le=131072)] = 512
+    """Tokens in a row."""
+    pack: bool = True
+    """Fill rows with the end of one text and the start of the next (language models only)."""
+    min_characters: Annotated[int, Field(ge=0)] = 20
+    """Shorter texts are left out, in characters."""
+    max_characters: Count = 10_000_000
+    """Longer texts are left out, in characters."""
+    deduplicate: bool = True
+    """Leave out texts that are there twice."""
+    max_train_tokens: Count | None = None
+    """Most tokens to learn from; rows beyond it are left out, drawn from all texts."""
+    max_evaluation_tokens: Count | None = None
+    """Most tokens to measure on."""
+    calibration_rows: Annotated[int, Field(ge=1, le=100_000)] = 128
+    """Rows drawn from the training rows to calibrate the quantization."""
+    leak_ngram: Annotated[int, Field(ge=4, le=100)] = 13
+    """Words in a row that count as evaluation text found in the training text."""
+    on_leak: Literal["drop", "fail"] = "drop"
+    """Drop the training texts that hold evaluation text, or stop."""
+
+
+class Student(Section):
+    """Which part of the teacher the student starts as."""
+
+    layers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] = 6
+    """How many of the teacher's layers, or exactly which, counted from 0."""
+    rule: Literal["every_other", "first_last", "even"] = "even"
+    """Which layers are taken where only their number is given."""
+
+
+class Cache(Section):
+    """What is kept of the teacher's outputs."""
+
+    kind: Literal["sampled", "top_k", "dense"] = "sampled"
+    """sampled: exact head and drawn tail, unbiased; top_k: biased; dense: everything, for audits."""
+    head: Annotated[int, Field(ge=0, le=256)] = 4
+    """Most likely tokens kept exactly at each position (with top_k: all that is kept)."""
+    draws: Annotated[int, Field(ge=0, le=255)] = 8
+    """Tokens drawn from the rest of the distribution at each position."""
+    rows_per_shard: Count = 16
+    """Rows in one shard; a crash costs at most one shard."""
+
+
+class Distillation(Section):
+    """How the student learns from the cached teacher."""
+
+    student: Student = Student()
+    """Where the student starts."""
+    cache: Cache = Cache()
+    """What is kept of the teacher's outputs."""
+    temperature: Annotated[float, Field(ge=0.1, le=100)] = 1.0
+    """Both distributions are softened by it; the teacher's outputs are captured at it."""
+    soft_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the divergence from the teacher, scaled by temperature squared."""
+    hard_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the cross-entropy on the text or the labels."""
+    training: Training = Training()
+    """How the loop runs."""
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> "Distillation":
+        if self.soft_weight + self.hard_weight <= 0:
+            raise ValueError("soft_weight and hard_weight are both 0: give one of them a weight")
+        return self
+
+
+class Quantization(Section):
+    """How the weights inside the blocks become integers."""
+
+    method: Literal["gptq", "rtn"] = "gptq"
+    """gptq: rounding errors are made good in the columns that follow; rtn: round to nearest."""
+    bits: Literal[2, 3, 4, 8] = 4
+    """Bits a weight."""
+    group_size: Annotated[int, Field(ge=-1, le=65536)] = 64
+    """Columns that share a scale; it must divide every layer's input; -1: one scale a row."""
+    symmetric: bool = False
+    """Grids centred on zero; asymmetric ones lose less and cost one zero point a group."""
+    act_order: bool = True
+    """Columns with the largest activations first; grids stay in place, so files stay plain."""
+    damping: Annotated[float, Field(gt=0, le=10)] = 0.05
+    """Added to the Hessian's diagonal, as a share of its mean."""
+    true_sequential: bool = True
+    """Inside a block, later layers are calibrated behind the earlier quantized ones."""
+    skip: tuple[str, ...] = ()
+    """Layers left as they are, as name patterns such as *.mlp.down_proj."""
+
+    @model_validator(mode="after")
+    def _whole_group(self) -> "Quantization":
+        if self.group_size in (0, 1):
+            raise ValueError(
+                f"group_size: {self.group_size} is no group; use 32, 64, 128, or -1 for one a row"
+            )
+        return self
+
+
+class Adapter(Section):
+    """A task or domain learned on top of the frozen base."""
+
+    name: Identifier
+    """Name of the adapter, in lower case, digits and dashes."""
+    method: Literal["lora"] = "lora"
+    """lora: low-rank updates beside the frozen weights."""
+    data: Data
+    """What the adapter learns, and on what it is measured."""
+    rank: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Inner width of each low-rank update."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the update's inputs dropped in training."""
+    target_modules: tuple[str, ...] | None = None
+    """Last parts of the names of the layers that are adapted; absent: every linear in the blocks."""
+    training: Training = Training()
+    """How the loop runs."""
+
+
+class Evaluation(Section):
+    """What is measured, and for how long."""
+
+    batch_rows: Annotated[int, Field(ge=1, le=4096)] = 4
+    """Rows measured in one forward pass."""
+    prefill_tokens: Annotated[int, Field(ge=1, le=131072)] = 128
+    """Prompt length of the speed measurement, in tokens."""
+    decode_tokens: Annotated[int, Field(ge=1, le=131072)] = 24
+    """Tokens generated one by one in the speed measurement."""
+    repeats: Annotated[int, Field(ge=2, le=1000)] = 3
+    """Timed repetitions; the median counts."""
+
+
+class Gates(Section):
+    """What must hold before a result may be published; the 95 % bound of each figure counts."""
+
+    max_perplexity_ratio: Annotated[float, Field(ge=1)] | None = None
+    """Final model's perplexity over the teacher's, at most."""
+    max_kl_nats: Annotated[float, Field(ge=0)] | None = None
+    """Divergence of the final model from the teacher, at most, in nats a token."""
+    min_agreement: Fraction | None = None
+    """Share of positions where final model and teacher prefer the same token, at least."""
+    min_accuracy_ratio: Fraction | None = None
+    """Final model's accuracy over the teacher's, at least (classification)."""
+    max_champion_loss_nats: Annotated[float, Field(ge=0)] | None = None
+    """Loss added against the registered champion on the same text, at most, in nats a token."""
+    max_size_bytes: Count | None = None
+    """Size of the final model's weights on disk, at most, in bytes."""
+    min_decode_tokens_per_second: Annotated[float, Field(gt=0)] | None = None
+    """Tokens generated a second, at least."""
+    max_reload_difference: Annotated[float, Field(gt=0)] = 1e-3
+    """Largest change of a logit after saving and loading afresh, over the largest logit."""
+
+
+class Publish(Section):
+    """Where the result is registered."""
+
+    name: Identifier
+    """Name of the registered model; each adapter is registered as name-adapter."""
+    alias: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,62}$")] = "champion"
+    """Alias that moves to the new version if every gate passes."""
+
+
+class Execution(Section):
+    """On what the stages run."""
+
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Threads of one stage; absent: one a processor. Results are the same bytes only at the same."""
