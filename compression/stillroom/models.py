@@ -1,0 +1,160 @@
+"""Load and save models and tokenizers: folders in Hugging Face's layout, safetensors only."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from stillroom.errors import SourceError
+
+Task = Literal["causal_lm", "sequence_classification"]
+Weights = Literal["dense", "packed"]
+
+
+def model_class(task: Task) -> Any:
+    """Return the transformers class that loads models for `task`."""
+    match task:
+        case "causal_lm":
+            return AutoModelForCausalLM
+        case "sequence_classification":
+            return AutoModelForSequenceClassification
+
+
+def load_model(
+    folder: Path,
+    *,
+    task: Task = "causal_lm",
+    dtype: torch.dtype = torch.float32,
+    weights: Weights = "dense",
+) -> PreTrainedModel:
+    """Return the model in `folder`, in evaluation mode.
+
+    A GPTQ checkpoint loads too: "packed" keeps its integers and unpacks one layer at a time,
+    "dense" unpacks all of it once.
+
+    Raises:
+        SourceError: the folder holds no model, or only files that are not safetensors.
+    """
+    config = read_config(folder)
+    if "quantization_config" in config:
+        from stillroom.quantization.export import load_quantized
+
+        return load_quantized(folder, task=task, dtype=dtype, weights=weights)
+    return load_pretrained(folder, task=task, dtype=dtype)
+
+
+def load_pretrained(
+    folder: Path | str,
+    *,
+    task: Task,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    label_names: tuple[str, ...] = (),
+) -> PreTrainedModel:
+    """Return the full-precision model in `folder`, with a new head where `label_names` ask for one.
+
+    Raises:
+        SourceError: transformers cannot load it.
+    """
+    labels: dict[str, Any] = {}
+    if label_names:
+        labels = {
+            "num_labels": len(label_names),
+            "id2label": dict(enumerate(label_names)),
+            "label2id": {name: i for i, name in enumerate(label_names)},
+        }
+    try:
+        with quiet():
+            model = model_class(task).from_pretrained(
+                str(folder),
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                **labels,
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(f"{folder} cannot be loaded as {task}: {_line(error)}") from error
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer in `folder`.
+
+    Raises:
+        SourceError: there is none.
+    """
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(f"{folder} holds no tokenizer: {_line(error)}") from error
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a checkpoint that `from_pretrained` loads: config, safetensors, tokenizer."""
+    # The name of the folder it came from says nothing on another machine, and changes the bytes.
+    model.config._name_or_path = ""
+    with quiet():
+        model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the model's config.json.
+
+    Raises:
+        SourceError: there is none, or it is no JSON.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise SourceError(
+            f"{folder} holds no model: expected a folder with config.json and safetensors files"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{folder}/config.json cannot be read: {error}") from error
+    return config
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Return a SHA-256 that two tokenizers share when they turn every text into the same ids."""
+    if getattr(tokenizer, "is_fast", False):
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Both are switched by each call and say nothing of the ids.
+        rules.pop("truncation", None)
+        rules.pop("padding", None)
+    else:
+        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    rules["template"] = tokenizer.chat_template
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from drawing bars and warning of heads that are new on purpose."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]

@@ -1,0 +1,160 @@
+"""How long a stage will take and how much memory it will need, from the model's shape alone."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillroom.builtin import builtin_model
+from stillroom.config import Adapter, Data, Recipe
+from stillroom.errors import SourceError
+from tasks.hardware import threads_here
+from tasks.sources import place_of
+from tasks.stages import Order
+
+# Measured on two x86-64 cores with AVX2 in fp32; `python -m flows compress --plan` says "about".
+FLOPS_A_THREAD = 50e9
+START_SECONDS = 6.0
+PROCESS_BYTES = 0.6e9
+TEXT_TOKENS = 1_000_000
+PASSES = {"forward": 2, "train": 6, "train_adapter": 5}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a model: parameters in its blocks, and in embeddings and head."""
+
+    layers: int
+    block_parameters: float
+    embedding_parameters: float
+    vocabulary: int
+    hidden: int
+
+    @property
+    def parameters(self) -> float:
+        """All parameters."""
+        return self.layers * self.block_parameters + self.embedding_parameters
+
+    def with_layers(self, layers: int) -> "Shape":
+        """Return the shape of a student with so many of the blocks."""
+        rest = (self.block_parameters, self.embedding_parameters, self.vocabulary, self.hidden)
+        return Shape(layers, *rest)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds on this machine's processors, and the most bytes of memory at a time."""
+
+    seconds: float
+    memory_bytes: float
+
+
+def model_shape(source: str | Path) -> Shape:
+    """Return the shape that a model's config.json states.
+
+    Raises:
+        SourceError: there is no config at hand.
+    """
+    config = _config(source)
+    hidden = _first(config, "hidden_size", "n_embd", "d_model", "dim")
+    layers = _first(config, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    inner = config.get("intermediate_size") or config.get("n_inner") or 4 * hidden
+    heads = config.get("num_attention_heads") or config.get("n_head") or 1
+    head_width = config.get("head_dim") or hidden // heads
+    key_heads = config.get("num_key_value_heads") or heads
+    attention = hidden * head_width * (2 * heads + 2 * key_heads)
+    # A gated feed-forward layer has three matrices, the older kind two.
+    matrices = 3 if key_heads != heads or config.get("hidden_act") == "silu" else 2
+    vocabulary = config["vocab_size"]
+    copies = 1 if config.get("tie_word_embeddings", True) else 2
+    return Shape(
+        layers=layers,
+        block_parameters=attention + matrices * hidden * inner,
+        embedding_parameters=copies * vocabulary * hidden,
+        vocabulary=vocabulary,
+        hidden=hidden,
+    )
+
+
+def estimate(order: Order, recipe: Recipe, teacher: Shape | None) -> Estimate:
+    """Return what one stage will need; zeros where the teacher's shape is not known."""
+    if teacher is None:
+        return Estimate(0.0, 0.0)
+    student = teacher.with_layers(_student_layers(recipe, teacher))
+    data = _data_of(order, recipe)
+    rows = data.sequence_length * recipe.evaluation.batch_rows
+    train = data.max_train_tokens or TEXT_TOKENS
+    measured = data.max_evaluation_tokens or TEXT_TOKENS // 10
+    match order.stage.name:
+        case "import_model":
+            need = _need(0, 2 * teacher.parameters, 0)
+        case "prepare_data":
+            need = _need(0, 0, 0)
+        case "cache_teacher":
+            need = _need(PASSES["forward"] * train * teacher.parameters, teacher.parameters,
+                         rows * teacher.vocabulary)
+        case "tune_teacher" | "distill_student":
+            model = teacher if order.stage.name == "tune_teacher" else student
+            tokens = train * float(order.section["training"]["epochs"])
+            need = _need(PASSES["train"] * tokens * model.parameters, 4 * model.parameters,
+                         3 * rows * model.vocabulary)
+        case "quantize_model":
+            tokens = data.calibration_rows * data.sequence_length
+            passes = 3 * PASSES["forward"] * tokens * student.block_parameters * student.layers
+            need = _need(passes + _solving(student), 2 * student.parameters,
+                         2 * tokens * student.hidden)
+        case "train_adapter":
+            tokens = train * float(order.section["training"]["epochs"])
+            need = _need(PASSES["train_adapter"] * tokens * student.parameters, student.parameters,
+                         3 * rows * student.vocabulary)
+        case _:
+            both = teacher.parameters + student.parameters
+            need = _need(PASSES["forward"] * measured * both, both, 2 * rows * teacher.vocabulary)
+    return need
+
+
+def _need(flops: float, parameters: float, activations: float) -> Estimate:
+    seconds = START_SECONDS + flops / (FLOPS_A_THREAD * threads_here())
+    return Estimate(seconds, PROCESS_BYTES + 4 * (parameters + activations))
+
+
+def _solving(model: Shape) -> float:
+    """Return the operations of GPTQ itself: about in_features for each weight, doubled."""
+    return 2 * model.layers * model.block_parameters * model.hidden * 2
+
+
+def _student_layers(recipe: Recipe, teacher: Shape) -> int:
+    if recipe.distillation is None:
+        return teacher.layers
+    layers = recipe.distillation.student.layers
+    return layers if isinstance(layers, int) else len(layers)
+
+
+def _data_of(order: Order, recipe: Recipe) -> Data:
+    adapter: Adapter
+    for adapter in recipe.adapters:
+        if order.title.endswith(adapter.name):
+            return adapter.data
+    return recipe.data
+
+
+def _config(source: str | Path) -> dict[str, Any]:
+    if isinstance(source, str) and source.startswith("builtin:"):
+        return builtin_model(source.removeprefix("builtin:")).config
+    if isinstance(source, str) and place_of(source) != "local":
+        raise SourceError(f"the config of {source} is not at hand; give a snapshot of its "
+                          "config.json as teacher.config")
+    path = Path(source).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{file}: no readable config.json ({error})") from error
+    return config
+
+
+def _first(config: dict[str, Any], *names: str) -> int:
+    for name in names:
+        if name in config:
+            return int(config[name])
+    raise SourceError(f"config.json has none of {', '.join(names)}")

@@ -1,0 +1,131 @@
+"""What a recipe would do, without doing it: stages, keys, what is there already, time and memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.estimate import Estimate, Shape, estimate, model_shape
+from flows.orders import Orders
+from flows.road import walk
+from stillroom.config import Model, Recipe, Text
+from stillroom.errors import SourceError, StillroomError
+from tasks.sources import Source, place_of, resolve_model, resolve_text
+from tasks.stages import Order
+from tasks.store.store import ArtifactStore
+
+UNRESOLVED = "unresolved:"
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A line of the plan."""
+
+    order: Order
+    takes: tuple[str, ...]
+    resolved: bool
+    cached: bool
+    estimate: Estimate
+
+    @property
+    def kind(self) -> str:
+        """Kind of the artifact."""
+        return self.order.kind
+
+    @property
+    def key(self) -> str:
+        """Key of the artifact; one that rests on an unresolved source is only a stand-in."""
+        return self.order.key
+
+
+def resolve_source(place: Model | Text) -> Source:
+    """Return what a model or text of the recipe points at now.
+
+    Raises:
+        SourceError: it points at nothing, or the place cannot be asked.
+    """
+    resolve = resolve_model if isinstance(place, Model) else resolve_text
+    return resolve(place.source, place.revision)
+
+
+def resolve_or_leave(place: Model | Text) -> Source:
+    """Return the resolved source, or one marked unresolved where its server cannot be asked.
+
+    A local path or a builtin that is not there is an error all the same.
+
+    Raises:
+        SourceError: nothing is there.
+    """
+    try:
+        return resolve_source(place)
+    except StillroomError:
+        where = place_of(place.source)
+        if where in ("local", "builtin"):
+            raise
+        return Source(place.source, where, UNRESOLVED + place.source)
+
+
+def plan(recipe: Recipe, store: ArtifactStore) -> list[PlannedStage]:
+    """Return the stages of `recipe` in order.
+
+    Raises:
+        SourceError: a local source is not there.
+        StoreError: the store cannot be read.
+    """
+    shape = _shape(recipe)
+    planned: dict[str, PlannedStage] = {}
+
+    def take(order: Order, artifacts: dict[str, PlannedStage]) -> PlannedStage:
+        sources = order.sources.values()
+        resolved = all(not source.identity.startswith(UNRESOLVED) for source in sources) and all(
+            artifact.resolved for artifact in artifacts.values()
+        )
+        cached = resolved and store.find(order.kind, order.key) is not None
+        takes = tuple(artifact.order.title for artifact in artifacts.values())
+        line = PlannedStage(order, takes, resolved, cached, estimate(order, recipe, shape))
+        return planned.setdefault(order.key, line)
+
+    walk(recipe, Orders(recipe, resolve_or_leave, take))
+    return list(planned.values())
+
+
+def print_plan(recipe: Recipe, stages: list[PlannedStage]) -> Iterator[str]:
+    """Yield the plan as lines of text."""
+    width = max(len(stage.order.title) for stage in stages)
+    yield f"{'stage':<{width}}  {'key':<12}  {'state':<8}  {'memory':>8}  {'time':>7}  takes"
+    for stage in stages:
+        key = stage.key[:12] if stage.resolved else "source open "
+        state = "cached" if stage.cached else "to do"
+        memory = f"{stage.estimate.memory_bytes / 1e9:.1f} GB"
+        time = "" if stage.cached else _minutes(stage.estimate.seconds)
+        takes = ", ".join(stage.takes) or "its source"
+        yield f"{stage.order.title:<{width}}  {key}  {state:<8}  {memory:>8}  {time:>7}  {takes}"
+    yield from ("then: check the gates, write the report, " + _publication(recipe),)
+    todo = [stage for stage in stages if not stage.cached]
+    seconds = sum(stage.estimate.seconds for stage in todo)
+    peak = max((stage.estimate.memory_bytes for stage in todo), default=0)
+    yield (
+        f"{len(todo)} of {len(stages)} stages to do: about {_minutes(seconds)} on this machine's "
+        f"processors, at most {peak / 1e9:.1f} GB of memory at a time"
+    )
+
+
+def _publication(recipe: Recipe) -> str:
+    if recipe.publish is None:
+        return "publish nothing"
+    names = [recipe.publish.name, *(f"{recipe.publish.name}-{a.name}" for a in recipe.adapters)]
+    return f"register {', '.join(names)} and move the alias {recipe.publish.alias}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _shape(recipe: Recipe) -> Shape | None:
+    """Return the teacher's size, or None where its config is not at hand."""
+    teacher = recipe.teacher
+    if teacher.config:
+        return model_shape(Path(teacher.config))
+    try:
+        return model_shape(teacher.source)
+    except SourceError:
+        return None

@@ -1,0 +1,25 @@
+"""What a measurement of speed was made on."""
+
+import os
+import platform
+from pathlib import Path
+
+
+def hardware_name(threads: int) -> str:
+    """Return the processor's name and how many threads work on it, such as "EPYC, 2 threads"."""
+    return f"{processor()}, {threads} threads"
+
+
+def processor() -> str:
+    """Return the processor's name as the operating system knows it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def threads_here() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,77 @@
+"""Progress of long work: a bar in a terminal, lines in a log, an artifact in Prefect's UI."""
+
+import logging
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+from uuid import UUID
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from tqdm import tqdm
+
+# An artifact is a request to the server; a log line is for people who do not watch.
+ARTIFACT_SECONDS = 5.0
+LOG_SECONDS = 30.0
+
+
+class ShownProgress:
+    """Shows the progress of one stage; made when its work starts, closed when it ends."""
+
+    def __init__(self, title: str, logger: "logging.Logger | logging.LoggerAdapter[Any]") -> None:
+        self.title = title
+        self.logger = logger
+        self.started = time.monotonic()
+        self.artifact: UUID | None = None
+        self.bar: "tqdm[Any] | None" = None
+        self.unit = ""
+        self.sent = self.logged = self.started
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.artifact is not None and error is None:
+            update_progress_artifact(self.artifact, progress=100.0)
+
+    def __call__(self, done: int, total: int, unit: str, note: str = "") -> None:
+        """Show that `done` of `total` pieces are finished."""
+        if sys.stderr.isatty():
+            self._draw(done, total, unit, note)
+        now = time.monotonic()
+        if now - self.logged >= LOG_SECONDS:
+            self.logged = now
+            self.logger.info("%s", self._line(done, total, unit, note))
+        if now - self.sent >= ARTIFACT_SECONDS:
+            self.sent = now
+            self._send(100.0 * done / max(total, 1))
+
+    def _draw(self, done: int, total: int, unit: str, note: str) -> None:
+        if self.bar is None or self.unit != unit:
+            if self.bar is not None:
+                self.bar.close()
+            # What a resumed stage finds done is no work of this run: it must not count as speed.
+            self.bar = tqdm(total=total, initial=max(done - 1, 0), unit=unit, desc=self.title,
+                            leave=False, dynamic_ncols=True)
+            self.unit = unit
+        self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update(done - self.bar.n)
+
+    def _line(self, done: int, total: int, unit: str, note: str) -> str:
+        spent = time.monotonic() - self.started
+        left = spent / max(done, 1) * (total - done)
+        text = f"{self.title}: {done} of {total} {unit}, about {left:.0f} s left"
+        return f"{text}; {note}" if note else text
+
+    def _send(self, percent: float) -> None:
+        if self.artifact is None:
+            self.artifact = create_progress_artifact(progress=percent, description=self.title)
+        else:
+            update_progress_artifact(self.artifact, progress=percent)

@@ -1,0 +1,116 @@
+"""Run a stage in a child process, pass its progress on, and say plainly how it ended."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from stillroom.errors import OutOfMemoryError, StageError, StoreError
+from stillroom.progress import Progress
+from tasks.child import FAILED, Request, error_from
+from tasks.store.record import Record
+
+ROOT = Path(__file__).parents[1]
+LAST_LINES = 12
+GRACE_SECONDS = 5
+
+
+def run_child(request: Request, scratch_root: Path, progress: Progress) -> Record:
+    """Return the record of the artifact that the child stored.
+
+    Raises:
+        StillroomError: whatever the child's work raised.
+        OutOfMemoryError: the child was killed.
+        StageError: it ended without a word.
+    """
+    with _scratch(scratch_root) as folder:
+        (folder / "request.json").write_text(request.model_dump_json())
+        code = _run(folder, request.threads, progress)
+        if code == 0:
+            return Record.model_validate_json((folder / "record.json").read_text())
+        title = request.order.title
+        if code == FAILED and (folder / "error.json").exists():
+            raise error_from(folder / "error.json")
+        if code == -signal.SIGKILL:
+            raise OutOfMemoryError(
+                f"{title} was killed by the operating system, most likely because memory ran out. "
+                "Its finished part is kept: run again with fewer batch_rows or a shorter "
+                "sequence_length, or on a larger machine"
+            )
+        lines = (folder / "stderr.log").read_text(errors="replace").strip().splitlines()
+        raise StageError(
+            f"{title} ended with code {code}; its last words:\n" + "\n".join(lines[-LAST_LINES:])
+        )
+
+
+def _run(folder: Path, threads: int, progress: Progress) -> int:
+    paths = [str(ROOT), str(ROOT / "compression"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    with (folder / "stderr.log").open("wb") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "tasks.child", str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            text=True,
+        )
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                done, total, unit, note = json.loads(line)
+                progress(done, total, unit, note)
+            return child.wait()
+        finally:
+            _end(child)
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """End the child where the flow was cancelled; its checkpoints stay."""
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+@contextlib.contextmanager
+def _scratch(root: Path) -> Iterator[Path]:
+    """Make a folder for one stage's work, and clear away those of processes that are gone."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for old in root.iterdir():
+            owner = old.name.partition("-")[0]
+            if owner.isdigit() and not _alive(int(owner)):
+                shutil.rmtree(old, ignore_errors=True)
+        folder = root / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        folder.mkdir()
+    except OSError as error:
+        raise StoreError(f"no work folder can be made in {root}: {error.strerror}; set "
+                         "STILLROOM_HOME or STILLROOM_SCRATCH to a folder that can be written") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,82 @@
+"""Where things are: read from the environment when asked, with defaults that need no server."""
+
+import json
+import os
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+QUIET_SERVICES = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+class Settings(BaseSettings):
+    """Each field is an environment variable: STILLROOM_HOME, STILLROOM_STORE and so on."""
+
+    model_config = SettingsConfigDict(env_prefix="STILLROOM_", frozen=True)
+
+    home: Path = Path(".stillroom")
+    """Folder for everything that is made without a server."""
+    store: str = ""
+    """file:///folder or s3://bucket/prefix of the artifacts; empty: the folder store in home."""
+    mlflow_tracking_uri: str = Field(default="", validation_alias="MLFLOW_TRACKING_URI")
+    """MLflow server or database; empty: the server of `make up`, else a SQLite file in home."""
+    mlflow_artifacts: str = ""
+    """Where MLflow keeps files, such as s3://bucket/mlflow; empty: beside the store."""
+    scratch: Path | None = None
+    """Folder for work in progress; absent: scratch in home."""
+
+    @property
+    def root(self) -> Path:
+        """The home as an absolute path."""
+        return self.home.expanduser().absolute()
+
+    @property
+    def store_url(self) -> str:
+        """The artifact store's URL."""
+        return self.store or (self.root / "store").as_uri()
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow's address: as set, of the running server of this home, or the SQLite file."""
+        own = f"sqlite:///{self.root / 'mlflow.db'}"
+        return self.mlflow_tracking_uri or self.services().get("mlflow", own)
+
+    @property
+    def artifact_location(self) -> str:
+        """Where MLflow's clients put files directly."""
+        if self.mlflow_artifacts:
+            return self.mlflow_artifacts
+        if self.store_url.startswith("s3://"):
+            return f"{self.store_url}/mlflow"
+        return (self.root / "mlflow-artifacts").as_uri()
+
+    @property
+    def scratch_root(self) -> Path:
+        """Folder for work in progress."""
+        return (self.scratch or self.root / "scratch").absolute()
+
+    def services(self) -> dict[str, str]:
+        """Return the addresses of the servers that `make up` started here and that still run."""
+        file = self.root / "services.json"
+        if not file.exists():
+            return {}
+        services: dict[str, str] = json.loads(file.read_text())
+        return services if _alive(int(services.get("pid", 0))) else {}
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables under which Prefect and MLflow stay at home, and say nothing."""
+        server = self.services().get("prefect")
+        here = {"PREFECT_HOME": str(self.root / "prefect"), **QUIET_SERVICES}
+        if server:
+            here["PREFECT_API_URL"] = server
+        return {name: value for name, value in here.items() if name not in os.environ}
+
+
+def _alive(pid: int) -> bool:
+    return pid > 0 and Path(f"/proc/{pid}").exists()

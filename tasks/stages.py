@@ -1,0 +1,122 @@
+"""The stages: what each is called, what kind of artifact it makes, and who does the work."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from stillroom.config import Section
+from tasks.keys import artifact_key
+from tasks.sources import Source
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the road. `version` rises when the same inputs come to give another result."""
+
+    name: str
+    kind: str
+    version: int
+
+    @property
+    def work(self) -> str:
+        """Module whose function `work` does it, in a process of its own."""
+        return f"tasks.work.{self.name}"
+
+
+IMPORT_MODEL = Stage("import_model", "model", 1)
+PREPARE_DATA = Stage("prepare_data", "dataset", 1)
+TUNE_TEACHER = Stage("tune_teacher", "model", 1)
+CACHE_TEACHER = Stage("cache_teacher", "teacher-cache", 1)
+DISTILL_STUDENT = Stage("distill_student", "model", 1)
+QUANTIZE_MODEL = Stage("quantize_model", "model", 1)
+TRAIN_ADAPTER = Stage("train_adapter", "adapter", 1)
+EVALUATE_MODEL = Stage("evaluate_model", "evaluation", 1)
+WRITE_REPORT = Stage("write_report", "report", 1)
+
+STAGES = (
+    IMPORT_MODEL,
+    PREPARE_DATA,
+    TUNE_TEACHER,
+    CACHE_TEACHER,
+    DISTILL_STUDENT,
+    QUANTIZE_MODEL,
+    TRAIN_ADAPTER,
+    EVALUATE_MODEL,
+    WRITE_REPORT,
+)
+
+
+class Artifact(Protocol):
+    """What a stage takes from another: an artifact that exists, or one that is only planned."""
+
+    @property
+    def kind(self) -> str:
+        """Kind of the artifact."""
+
+    @property
+    def key(self) -> str:
+        """Key of the artifact."""
+
+
+class Order(BaseModel):
+    """One stage with everything that decides its result: a small JSON, handed to whoever does it.
+
+    `section` is what the stage reads of the recipe; `unkeyed` changes how it is done, not what
+    comes of it; `sources` are resolved references by role; `inputs` are artifact keys by role.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    title: str
+    stage: Stage
+    section: dict[str, Any]
+    unkeyed: dict[str, Any] = {}
+    seed: int
+    sources: dict[str, Source] = {}
+    inputs: dict[str, str] = {}
+    input_kinds: dict[str, str] = {}
+
+    @property
+    def kind(self) -> str:
+        """Kind of the artifact that comes of it."""
+        return self.stage.kind
+
+    @property
+    def key(self) -> str:
+        """Key of the artifact that comes of it."""
+        identities = {role: source.identity for role, source in self.sources.items()}
+        return artifact_key(
+            self.stage.name,
+            self.stage.version,
+            self.section,
+            self.seed,
+            {**identities, **self.inputs},
+        )
+
+
+def make_order(
+    stage: Stage,
+    title: str,
+    section: dict[str, Any],
+    seed: int,
+    artifacts: dict[str, Artifact],
+    sources: dict[str, Source],
+    unkeyed: dict[str, Any],
+) -> Order:
+    """Return the order for one stage."""
+    return Order(
+        title=title,
+        stage=stage,
+        section=section,
+        unkeyed=unkeyed,
+        seed=seed,
+        sources=sources,
+        inputs={role: artifact.key for role, artifact in artifacts.items()},
+        input_kinds={role: artifact.kind for role, artifact in artifacts.items()},
+    )
+
+
+def as_json(section: Section, *without: str) -> dict[str, Any]:
+    """Return a recipe section as JSON, with every default spelled out."""
+    return section.model_dump(mode="json", exclude=set(without))
