@@ -1,0 +1,1 @@
+"""The data side: text in, rows of tokens out."""

@@ -1,0 +1,73 @@
+"""Documents from a dataset on the hub."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from stillroom.data.documents import Document
+from stillroom.data.files import Columns, documents_from_rows
+from stillroom.errors import DataError, SourceError
+
+
+def read_hub(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    config: str | None = None,
+    split: str = "train",
+    columns: Columns | None = None,
+) -> list[Document]:
+    """Read the documents of one split of a hub dataset; class numbers become class names.
+
+    Raises:
+        SourceError: the dataset, configuration or split is not there, or there is no network.
+        DataError: a column is missing or holds the wrong kind of value, or there is no text.
+    """
+    columns = columns or Columns()
+    dataset = _load(repo_id, revision, config, split)
+    missing = [name for name in columns.needed if name not in dataset.column_names]
+    if missing:
+        raise DataError(
+            f"column {missing[0]!r} expected in {repo_id}: the columns are "
+            f"{', '.join(dataset.column_names)}"
+        )
+    documents = documents_from_rows(_rows(dataset, columns), columns, f"{repo_id}/{split}")
+    if not any(document.content.strip() for document in documents):
+        raise DataError(f"text expected in {repo_id}, split {split}: it is empty")
+    return documents
+
+
+def _load(repo_id: str, revision: str | None, config: str | None, split: str) -> Any:
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        return datasets.load_dataset(repo_id, config, split=split, revision=revision)
+    except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError) as error:
+        raise SourceError(
+            f"the hub expected to answer for {repo_id}: {_first_line(error)}; connect to the "
+            "network and unset HF_HUB_OFFLINE, or name a local file"
+        ) from error
+    except (FileNotFoundError, datasets.exceptions.DatasetsError, ValueError) as error:
+        raise SourceError(
+            f"dataset {repo_id} expected (configuration {config or 'default'}, split {split}, "
+            f"revision {revision or 'main'}): {_first_line(error)}; check the names, and log in if "
+            "it is not public"
+        ) from error
+
+
+def _rows(dataset: Any, columns: Columns) -> Iterator[Mapping[str, Any]]:
+    feature = dataset.features[columns.label] if columns.label else None
+    names = getattr(feature, "names", None)
+    for row in dataset.select_columns(columns.needed):
+        if names and columns.label and isinstance(row[columns.label], int):
+            number = row[columns.label]
+            # Hub datasets mark rows without a known class with -1.
+            label = names[number] if number >= 0 else None
+            yield {**row, columns.label: label}
+        else:
+            yield row
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
