@@ -112,7 +112,7 @@ def load_examples(folder: Path, expected_tokenizer_hash: str | None = None) -> E
     try:
         facts = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
         expected = facts["tokenizer_hash"]
-        examples = _from_table(_load_table(folder), facts)
+        examples = _load(folder, facts)
     except (OSError, ValueError, KeyError, MismatchError) as error:
         raise CorruptedError(
             f"saved rows expected in {folder}: {error}; make them again"
@@ -141,17 +141,17 @@ def _table(examples: Examples) -> Any:
     return pa.table({name: column(getattr(examples, name)) for name in names})
 
 
-def _load_table(folder: Path) -> Any:
+def _load(folder: Path, facts: dict[str, Any]) -> Examples:
     from datasets import load_from_disk
 
-    return load_from_disk(str(folder / ROWS)).data
-
-
-def _from_table(table: Any, facts: dict[str, Any]) -> Examples:
     rows, length = int(facts["rows"]), int(facts["length"])
     names = tuple(facts["label_names"])
+    # The library writes a dataset without rows and cannot read it.
+    table = load_from_disk(str(folder / ROWS)).data if rows else None
 
     def tensor(name: str, *shape: int) -> Tensor:
+        if table is None:
+            return torch.zeros(shape, dtype=torch.int64)
         column = table.column(name).combine_chunks()
         values = column.flatten() if len(shape) > 1 else column
         return torch.from_numpy(values.to_numpy().copy()).reshape(shape)

@@ -18,7 +18,7 @@ FORMATS: dict[str, str] = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-# A single text file is cut at blank lines into documents of at least so many characters, so that
+# A single text file is cut into documents of at least so many characters, so that
 # there is something to hold out and standard errors have clusters.
 PIECE_CHARACTERS = 2_000
 
@@ -50,10 +50,11 @@ def read_documents(
 ) -> list[Document]:
     """Read the documents of a file, or of all files below a folder in sorted order.
 
-    txt: a folder gives one document a file; a single file is cut at blank lines into documents of
-    at least 2 000 characters. jsonl, csv (commas), tsv (tabs, quotes are plain characters) and
-    parquet: one document a row; `messages_column` holds lists of {role, content}, in csv as JSON,
-    and takes the place of the text. `auto` goes by the files' endings. Text is UTF-8.
+    txt: a folder gives one document a file; a single file is cut at blank lines, or at line ends
+    where there is no blank line, into documents of at least 2 000 characters. jsonl, csv (commas),
+    tsv (tabs, quotes are plain characters) and parquet: one document a row; `messages_column`
+    holds lists of {role, content}, in csv as JSON, and takes the place of the text. `auto` goes by
+    the files' endings. Text is UTF-8.
 
     Raises:
         SourceError: no such file, no file of that format, or it cannot be read.
@@ -130,14 +131,18 @@ def _split_text(text: str, name: str) -> list[Document]:
     pieces: list[str] = []
     current: list[str] = []
     size = 0
-    for block in paragraphs(text):
+    # Some corpora have a paragraph a line and no blank lines.
+    blocks, between = paragraphs(text), "\n\n"
+    if len(blocks) == 1:
+        blocks, between = text.splitlines(), "\n"
+    for block in blocks:
         current.append(block)
         size += len(block)
         if size >= PIECE_CHARACTERS:
-            pieces.append("\n\n".join(current))
+            pieces.append(between.join(current))
             current, size = [], 0
     if current:
-        pieces.append("\n\n".join(current))
+        pieces.append(between.join(current))
     return [Document(text=piece, name=f"{name}#{i}") for i, piece in enumerate(pieces)]
 
 

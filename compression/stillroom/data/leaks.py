@@ -118,7 +118,7 @@ class _Index:
 
     def _own(self, encoded: Hashes) -> Hashes:
         runs = np.unique(self.runs(encoded))
-        return runs[~np.isin(runs, self.boilerplate)]
+        return runs[~_among(runs, self.boilerplate)]
 
     def runs(self, encoded: Hashes) -> Hashes:
         """Return a hash of each run of n words: (words - n + 1,)."""
@@ -145,11 +145,11 @@ def _report(train: list[Document], index: _Index, share: float) -> LeakReport:
     for document in train:
         encoded = index.encode(document.content)
         own = index.runs(encoded)
-        found.append(np.unique(own[np.isin(own, runs)]))
+        found.append(np.unique(own[_among(own, runs)]))
         texts.add(_whole(encoded))
     hits = np.unique(_join(found))
     shares = [
-        float(text in texts) if text else float(np.isin(own, hits).mean()) if len(own) else 0.0
+        float(text in texts) if text else float(_among(own, hits).mean()) if len(own) else 0.0
         for own, text in zip(index.documents, index.texts, strict=True)
     ]
     return LeakReport(index.ngram, share, tuple(shares), len(index.boilerplate))
@@ -162,7 +162,7 @@ def _clean(
     encoded = index.encode(document.content)
     if _whole(encoded) in texts:
         return None, 0
-    hits = np.isin(index.runs(encoded), runs)
+    hits = _among(index.runs(encoded), runs)
     if not hits.any():
         return document, 0
     if document.messages or document.label is not None:
@@ -172,7 +172,7 @@ def _clean(
     # Taking a paragraph out makes neighbours of two others, and so new runs: until there are none.
     while hits.any():
         blocks = _untouched(blocks, hits, index)
-        hits = np.isin(index.runs(index.encode("\n\n".join(blocks))), runs)
+        hits = _among(index.runs(index.encode("\n\n".join(blocks))), runs)
     if not blocks:
         return None, before
     return replace(document, text="\n\n".join(blocks)), before - len(blocks)
@@ -206,6 +206,14 @@ def _encoder() -> Encode:
 
 def _whole(encoded: Hashes) -> bytes:
     return blake2b(encoded.tobytes(), digest_size=16).digest() if len(encoded) else b""
+
+
+def _among(values: Hashes, ordered: Hashes) -> NDArray[np.bool_]:
+    """Return which values stand in an ordered array; `numpy.isin` would sort it at each call."""
+    if len(ordered) == 0:
+        return np.zeros(len(values), dtype=bool)
+    places = np.searchsorted(ordered, values).clip(max=len(ordered) - 1)
+    return np.asarray(ordered[places] == values)
 
 
 def _join(arrays: list[Hashes]) -> Hashes:
