@@ -1,0 +1,1 @@
+"""Measure what a model is worth, what it costs, where it lost, and whether it may go out."""

@@ -1,0 +1,48 @@
+"""Check that a checkpoint loaded afresh is the model that was saved."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from stillroom.data.examples import Examples
+from stillroom.errors import MismatchError
+from stillroom.evaluation.quality import evaluating, predict
+
+
+@dataclass(frozen=True)
+class ReloadCheck:
+    """How far the logits of two loads of one model lie apart."""
+
+    max_difference: float
+    max_logit: float
+
+    @property
+    def relative(self) -> float:
+        """Return the largest difference over the largest logit, both in absolute value."""
+        if self.max_difference == 0:
+            return 0.0
+        return self.max_difference / self.max_logit if self.max_logit else float("inf")
+
+
+def measure_reload(
+    in_memory: PreTrainedModel, reloaded: PreTrainedModel, examples: Examples, *, rows: int = 2
+) -> ReloadCheck:
+    """Compare the logits of two models on the first `rows` examples, padding left out.
+
+    Raises:
+        MismatchError: the logits have different shapes.
+    """
+    batch = examples.take(slice(0, rows))
+    with evaluating([in_memory, reloaded]):
+        before, after = predict(in_memory, batch), predict(reloaded, batch).to("cpu")
+    before = before.to("cpu")
+    if before.shape != after.shape:
+        raise MismatchError(
+            f"the saved model gives logits of shape {tuple(before.shape)} and the reloaded one "
+            f"{tuple(after.shape)}: the checkpoint is not of this model; export it again"
+        )
+    if before.dim() == 3:
+        real = batch.attention_mask.bool()
+        before, after = before[real], after[real]  # (tokens, vocab)
+    difference = (before.float() - after.float()).abs().max()
+    return ReloadCheck(float(difference), float(before.float().abs().max()))
