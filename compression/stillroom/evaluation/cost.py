@@ -113,7 +113,8 @@ def count_parameters(model: torch.nn.Module) -> int:
         # Integers may be kept as frozen parameters: they are replaced by what they stand for.
         total -= sum(own[name].numel() for name in own if name != "bias")
         width, height = module.in_features, module.out_features
-        assert isinstance(width, int) and isinstance(height, int)
+        assert isinstance(width, int)
+        assert isinstance(height, int)
         total += height * width
         bias = getattr(module, "bias", None)
         if isinstance(bias, Tensor) and "bias" not in own:

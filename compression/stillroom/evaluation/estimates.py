@@ -191,7 +191,7 @@ def student_quantile_95(freedom: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + sum(term / float(freedom) ** (power + 1.0) for power, term in enumerate(terms))
+    return z + math.fsum(term / freedom**power for power, term in enumerate(terms, start=1))
 
 
 def _clustered_error(influence: Sequence[float]) -> float | None:
