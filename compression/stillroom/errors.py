@@ -11,6 +11,7 @@
     ├── ServiceUnreachableError   MLflow or Prefect does not answer
     ├── StageError           a stage failed while it worked
     │   ├── NotFiniteError   NaN or infinity where a number was expected
+    │   ├── NotPositiveDefiniteError   a Hessian that no damping makes invertible
     │   └── OutOfMemoryError
     └── GateError            a result is not good enough to be published
 
@@ -60,6 +61,10 @@ class StageError(StillroomError):
 
 class NotFiniteError(StageError):
     """A NaN or an infinity came out where a number was expected."""
+
+
+class NotPositiveDefiniteError(StageError):
+    """A layer's Hessian cannot be inverted, with any damping that was tried."""
 
 
 class OutOfMemoryError(StageError):
