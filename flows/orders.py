@@ -48,6 +48,14 @@ class Orders(Generic[A]):
             IMPORT_MODEL, "import teacher", section, sources={"source": self.resolve(model)}
         )
 
+    def import_champion(self, uri: str) -> A:
+        """Order the checkpoint of the version that is registered now."""
+        model = Model(source=uri, dtype=self.recipe.teacher.dtype)
+        section = as_json(model, *PLACE, "config", "fine_tune") | {"task": self.recipe.task}
+        return self._order(
+            IMPORT_MODEL, "import champion", section, sources={"source": self.resolve(model)}
+        )
+
     def prepare_data(self, title: str, data: Data, teacher: A) -> A:
         """Order rows of tokens for training, evaluation and calibration."""
         texts = {"train": data.train} | ({"evaluation": data.evaluation} if data.evaluation else {})

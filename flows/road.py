@@ -27,12 +27,13 @@ class Made(Generic[A]):
     """What the road leaves behind."""
 
     teacher: A
+    data: A
     final: A
     adapters: dict[str, A]
     measured: list[Measured[A]]
 
     @property
-    def stages(self) -> list[Measured[A]]:
+    def road(self) -> list[Measured[A]]:
         """The models on the way from the teacher to the final one, on the base's text."""
         return [row for row in self.measured if not row.control and row.text == BASE_TEXT]
 
@@ -69,7 +70,7 @@ def walk(recipe: Recipe, orders: Orders[A]) -> Made[A]:
     ]
     measured += _controls(recipe, orders, teacher, before_quantization, data)
     adapters, rows = _adapters(recipe, orders, teacher, final, name)
-    return Made(teacher, final, adapters, measured + rows)
+    return Made(teacher, data, final, adapters, measured + rows)
 
 
 def _adapters(

@@ -36,10 +36,10 @@ def load_model(
     folder: Path,
     *,
     task: Task = "causal_lm",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     weights: Weights = "dense",
 ) -> PreTrainedModel:
-    """Return the model in `folder`, in evaluation mode.
+    """Return the model in `folder`, in evaluation mode; without `dtype`, in the one it was saved in.
 
     A GPTQ checkpoint loads too: "packed" keeps its integers and unpacks one layer at a time,
     "dense" unpacks all of it once.
@@ -48,6 +48,7 @@ def load_model(
         SourceError: the folder holds no model, or only files that are not safetensors.
     """
     config = read_config(folder)
+    dtype = dtype or saved_dtype(config)
     if "quantization_config" in config:
         from stillroom.quantization.export import load_quantized
 
@@ -126,6 +127,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise SourceError(f"{folder}/config.json cannot be read: {error}") from error
     return config
+
+
+def saved_dtype(config: dict[str, Any]) -> torch.dtype:
+    """Return the number format that a config.json names; float32 where it names none."""
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

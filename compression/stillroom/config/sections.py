@@ -133,6 +133,8 @@ class Cache(Section):
     """Tokens drawn from the rest of the distribution at each position."""
     rows_per_shard: Count = 16
     """Rows in one shard; a crash costs at most one shard."""
+    batch_rows: Annotated[int, Field(ge=1, le=4096)] = 4
+    """Rows in one forward pass of the teacher."""
 
 
 class Distillation(Section):

@@ -1,0 +1,127 @@
+"""The command line: `python -m flows`."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stillroom.errors import StillroomError
+
+ACTIONABLE, REFUSED = 2, 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return 0, 1 where a gate refused the result, or 2 for an error to act on."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except StillroomError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ACTIONABLE
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flows", description="Distil a language model into small ones."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    compress = commands.add_parser("compress", help="make what a recipe says")
+    compress.add_argument("recipe", type=Path, help="a YAML file, such as those in deployments/")
+    compress.add_argument(
+        "--set", action="append", default=[], dest="changes", metavar="a.b=c",
+        help="change one value of the recipe; may be given again",
+    )
+    compress.add_argument(
+        "--plan", action="store_true", help="say what would be done, and do nothing"
+    )
+    compress.set_defaults(run=_compress)
+
+    schema = commands.add_parser("schema", help="print what a recipe may say, as JSON schema")
+    schema.set_defaults(run=_schema)
+
+    store = commands.add_parser("store", help="look after the artifact store")
+    _add_store_commands(store)
+
+    up = commands.add_parser("up", help="start Prefect, MLflow and a worker on loopback")
+    up.set_defaults(run=_up)
+    down = commands.add_parser("down", help="stop them")
+    down.set_defaults(run=_down)
+    return parser
+
+
+def _compress(options: argparse.Namespace) -> int:
+    from stillroom.config import load_recipe
+
+    recipe = load_recipe(options.recipe, options.changes)
+    return _plan(recipe) if options.plan else _run(recipe)
+
+
+def _plan(recipe: Any) -> int:
+    from flows.plan import plan, print_plan
+    from tasks.settings import Settings
+    from tasks.store.store import open_store
+
+    for line in print_plan(recipe, plan(recipe, open_store(Settings().store_url))):
+        print(line)
+    return 0
+
+
+def _run(recipe: Any) -> int:
+    from tasks.settings import Settings
+
+    settings = Settings()
+    # Prefect reads its environment when it is imported.
+    os.environ.update(settings.environment())
+    from flows.compress import compress
+
+    state = compress(recipe, return_state=True)
+    if state.is_failed() and state.name != "Refused":
+        raise StillroomError(state.message)
+    outcome = state.result(raise_on_failure=False)
+    for line in _account(outcome, settings):
+        print(line)
+    return 0 if outcome.gates_passed else REFUSED
+
+
+def _account(outcome: Any, settings: Any) -> list[str]:
+    lines = ["", outcome.table, "", *outcome.verdicts, *outcome.gates, "", outcome.summary]
+    lines += [f"  load it: mlflow.pyfunc.load_model({uri!r})" for uri in outcome.versions]
+    lines += [f"report: {outcome.report}", f"MLflow: {outcome.mlflow}"]
+    if not settings.services():
+        lines.append("both UIs on what this made: `make up` (Prefect on 4200, MLflow on 5000)")
+    return lines
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from stillroom.config import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+    return 0
+
+
+def _up(options: argparse.Namespace) -> int:
+    from tasks.services import start_services
+    from tasks.settings import Settings
+
+    services = start_services(Settings(), print)
+    print(f"Prefect: {services['prefect_ui']}\nMLflow:  {services['mlflow']}")
+    print("stop them with `make down`")
+    return 0
+
+
+def _down(options: argparse.Namespace) -> int:
+    from tasks.services import stop_services
+    from tasks.settings import Settings
+
+    stop_services(Settings(), print)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

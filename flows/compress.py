@@ -1,0 +1,110 @@
+"""Make a small model from a large one: the main flow, read from top to bottom."""
+
+from collections.abc import Mapping
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+
+from flows.orders import Orders
+from flows.plan import resolve_source
+from flows.road import BASE_TEXT, Made, walk
+from stillroom.config import Recipe
+from stillroom.errors import StageError, StillroomError
+from tasks.hardware import threads_here
+from tasks.journal import Journal
+from tasks.judge import Candidate, judge_candidate
+from tasks.outcome import Outcome
+from tasks.publish import current_champion, register_models
+from tasks.registry import Registered
+from tasks.report import Shown, write_report
+from tasks.run_stage import run_stage
+from tasks.stages import Order
+from tasks.store.record import Record
+
+
+@flow(name="compress", flow_run_name="{recipe.name}", persist_result=False)
+def compress(recipe: Recipe) -> "State[Outcome]":
+    """Make a small model from a large one, measure it, gate it and register it.
+
+    Every stage whose artifact is in the store already is Cached, and one that a crash interrupted
+    goes on from its last checkpoint.
+    """
+    try:
+        outcome = make(recipe)
+    except StillroomError as error:
+        return Failed(message=str(error))
+    if not outcome.gates_passed:
+        return Failed(name="Refused", message=outcome.summary, data=outcome)
+    return Completed(message=outcome.summary, data=outcome)
+
+
+def make(recipe: Recipe) -> Outcome:
+    """Walk the road and return what stands at its end.
+
+    Raises:
+        StillroomError: something failed for a reason that the user can act on.
+    """
+    with Journal.begin(recipe) as journal:
+        orders = Orders(recipe, resolve_source, Runner(recipe, journal))
+        made = walk(recipe, orders)
+        champion = current_champion(recipe, journal)
+        gates = judge_candidate(
+            _candidate(made, evaluate_champion(recipe, orders, made, champion)),
+            recipe.gates,
+            journal,
+        )
+        versions = register_models(recipe, made.final, made.adapters, gates, champion, journal)
+        return write_report(recipe, _shown(made), gates, versions, journal)
+
+
+def evaluate_champion(
+    recipe: Recipe, orders: Orders[Record], made: Made[Record], champion: Registered | None
+) -> Record | None:
+    """Have the champion measured on the same text, where a gate compares with it."""
+    if champion is None or recipe.gates.max_champion_loss_nats is None:
+        return None
+    if champion.artifact_key == made.final.key:
+        return made.road[-1].evaluation
+    model = orders.import_champion(champion.uri)
+    return orders.evaluate_model("evaluate champion", made.teacher, model, made.data)
+
+
+class Runner:
+    """Have each order done by a Prefect task."""
+
+    def __init__(self, recipe: Recipe, journal: Journal) -> None:
+        self.threads = recipe.execution.threads or threads_here()
+        self.journal = journal
+
+    def __call__(self, order: Order, artifacts: Mapping[str, Record]) -> Record:
+        """Return the record of the artifact that `order` asks for.
+
+        Raises:
+            StageError: it could not be made; the message says why.
+        """
+        state = run_stage(order, artifacts, self.threads, self.journal, return_state=True)
+        if state.is_failed():
+            raise StageError(f"{order.title}: {state.message}")
+        record: Record = state.result()
+        return record
+
+
+def _candidate(made: Made[Record], champion: Record | None) -> Candidate:
+    first, last = made.road[0], made.road[-1]
+    return Candidate(last.model, last.evaluation, first.evaluation, champion)
+
+
+def _shown(made: Made[Record]) -> list[Shown]:
+    roles = {False: "model", True: "control"}
+    return [
+        Shown(
+            label=row.label,
+            text=row.text,
+            role="adapter" if row.text != BASE_TEXT else roles[row.control],
+            model=row.model,
+            evaluation=row.evaluation,
+            adapter=row.adapter,
+        )
+        for row in made.measured
+    ]

@@ -1,0 +1,118 @@
+"""What one flow run writes down as it goes: an MLflow parent run, and a nested run a stage."""
+
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from prefect.runtime import flow_run
+
+from stillroom.config import Recipe
+from stillroom.errors import StillroomError
+from stillroom.evaluation.report_data import LineageEntry
+from tasks.settings import Settings
+from tasks.stages import Order
+from tasks.store.record import Record
+from tasks.store.store import ArtifactStore, open_store
+from tasks.tracking import (
+    ParentRun,
+    StageRecord,
+    begin_parent_run,
+    connect,
+    end_parent_run,
+    ensure_experiment,
+    log_file,
+    log_stage,
+    run_link,
+)
+from tasks.training_curves import read_curves
+
+
+@dataclass
+class Journal:
+    """The open run of one flow run, and the stages it has gone through."""
+
+    client: Any
+    parent: ParentRun
+    store: ArtifactStore
+    lineage: list[LineageEntry] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, recipe: Recipe) -> "Journal":
+        """Open the parent run of the flow run that is under way; a rerun finds it again.
+
+        Raises:
+            ServiceUnreachableError: MLflow does not answer.
+            StoreError: the store cannot be reached.
+        """
+        settings = Settings()
+        store = open_store(settings.store_url)
+        client = connect(settings.tracking_uri)
+        experiment = ensure_experiment(client, recipe.name, settings.artifact_location)
+        parent = begin_parent_run(
+            client,
+            experiment,
+            flow_run_id=str(flow_run.id),
+            name=str(flow_run.name),
+            recipe=recipe.model_dump(mode="json"),
+            git_commit=git_commit(),
+        )
+        return cls(client, parent, store)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        status = "FINISHED" if error is None else "FAILED"
+        end_parent_run(self.client, self.parent, status, metrics=self.figures)  # type: ignore[arg-type]
+
+    @property
+    def link(self) -> str:
+        """Where MLflow's UI shows the run."""
+        return run_link(self.client.tracking_uri, self.parent.experiment_id, self.parent.run_id)
+
+    def log_stage(self, order: Order, record: Record, *, cached: bool) -> None:
+        """Write down a stage that has its artifact."""
+        seconds = record.metrics.get("seconds")
+        self.lineage.append(LineageEntry(order.title, record.key, seconds, cached))
+        curves = () if cached else read_curves(self.store, record)
+        points = [(step, {curve.name: value}) for curve in curves
+                  for step, value in zip(curve.steps, curve.values, strict=True)]
+        stage = StageRecord(
+            name=order.title,
+            key=record.key,
+            kind=record.kind,
+            cached=cached,
+            params={} if cached else order.section,
+            metrics=record.metrics,
+            history=points,
+        )
+        log_stage(self.client, self.parent, stage)
+
+    def log_failure(self, order: Order, error: StillroomError) -> None:
+        """Write down a stage that failed."""
+        stage = StageRecord(order.title, order.key, order.kind, False, "FAILED",
+                            {"error": str(error)})
+        log_stage(self.client, self.parent, stage)
+
+    def log_file(self, path: Path) -> None:
+        """Keep a small file with the run."""
+        log_file(self.client, self.parent.run_id, path)
+
+
+def git_commit() -> str:
+    """Return the commit of the code that runs, or nothing outside a checkout."""
+    root = Path(__file__).parents[1]
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

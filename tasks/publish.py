@@ -1,0 +1,86 @@
+"""Register the result in MLflow, and move the alias if every gate passed."""
+
+import tempfile
+from pathlib import Path
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from stillroom.config import Recipe
+from stillroom.evaluation.gates import GateResult
+from tasks.journal import Journal
+from tasks.registry import (
+    Candidate,
+    Registered,
+    champion,
+    find_registered,
+    move_alias,
+    register_adapter,
+    register_base,
+    tag_gates,
+)
+from tasks.store.record import Record
+
+
+@task(name="register", cache_policy=NO_CACHE, persist_result=False)
+def register_models(
+    recipe: Recipe,
+    base: Record,
+    adapters: dict[str, Record],
+    gates: list[GateResult],
+    compared_with: Registered | None,
+    journal: Journal,
+) -> list[Registered]:
+    """Register the base and each adapter as models of their own; return their versions.
+
+    Raises:
+        MismatchError: another champion came while this one was being judged.
+        ServiceUnreachableError: MLflow stopped answering; a rerun goes on.
+    """
+    publish = recipe.publish
+    if publish is None:
+        return []
+    client, failed = journal.client, [gate.name for gate in gates if not gate.passed]
+    rivals = {publish.name: compared_with}
+    registered = [_register(publish.name, base, recipe.task, None, journal)]
+    for name, adapter in adapters.items():
+        full = f"{publish.name}-{name}"
+        rivals[full] = champion(client, full, publish.alias)
+        registered.append(_register(full, adapter, recipe.task, registered[0], journal))
+    for version in registered:
+        tag_gates(client, version, failed)
+        if not failed:
+            move_alias(client, version, publish.alias, rivals[version.name])
+    logger = get_run_logger()
+    for version in registered:
+        logger.info("%s %s", version.uri, "registered" if version.created else "was there already")
+    return registered
+
+
+def current_champion(recipe: Recipe, journal: Journal) -> Registered | None:
+    """Return the version that bears the recipe's alias now; None where there is none."""
+    if recipe.publish is None:
+        return None
+    return champion(journal.client, recipe.publish.name, recipe.publish.alias)
+
+
+def _register(
+    name: str, record: Record, task_name: str, base: Registered | None, journal: Journal
+) -> Registered:
+    found = find_registered(journal.client, name, record.key)
+    if found is not None:
+        return found
+    with tempfile.TemporaryDirectory(prefix="stillroom-") as scratch:
+        folder = journal.store.fetch(record, Path(scratch) / "model")
+        candidate = Candidate(
+            name=name,
+            folder=folder,
+            task=task_name,
+            artifact_key=record.key,
+            run_id=journal.parent.run_id,
+            licence=record.licence,
+            metrics=record.metrics,
+        )
+        if base is None:
+            return register_base(journal.client, candidate)
+        return register_adapter(journal.client, candidate, base)

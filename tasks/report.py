@@ -1,0 +1,199 @@
+"""Write the report: the page in the store and in MLflow, the table in the terminal and in Prefect."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from prefect import task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from stillroom.config import Recipe, dump_recipe
+from stillroom.evaluation.attribution import LossStep, Verdict, attribute_loss, judge
+from stillroom.evaluation.gates import GateResult
+from stillroom.evaluation.report_data import Curve, LayerError, ModelRow, ReportData
+from stillroom.evaluation.tables import render_markdown, render_table
+from tasks.figures import Figures, read_figures, read_layers
+from tasks.journal import Journal
+from tasks.outcome import Outcome
+from tasks.registry import Registered
+from tasks.settings import Settings
+from tasks.store.record import Record
+from tasks.training_curves import read_curves
+
+Role = Literal["model", "adapter", "control"]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row that the report shows: a model measured on a text."""
+
+    label: str
+    text: str
+    role: Role
+    model: Record
+    evaluation: Record
+    adapter: Record | None = None
+
+
+@task(name="write report", cache_policy=NO_CACHE, persist_result=False)
+def write_report(
+    recipe: Recipe,
+    shown: Sequence[Shown],
+    gates: list[GateResult],
+    versions: list[Registered],
+    journal: Journal,
+) -> Outcome:
+    """Write the report and return where it is and what it says."""
+    figures = {row.evaluation.key: read_figures(journal.store, row.evaluation) for row in shown}
+    data = _report_data(recipe, shown, figures, gates, versions, journal)
+    target = Settings().root / "reports" / recipe.name / "report.html"
+    _render(data, target)
+    journal.log_file(target)
+    journal.log_file(target.with_suffix(".json"))
+    journal.figures.update(_summary_figures(data))
+    create_markdown_artifact(render_markdown(data), key="report", description=data.summary)
+    create_link_artifact(target.as_uri(), link_text="report.html", key="report-page")
+    return Outcome(
+        summary=data.summary,
+        gates_passed=all(gate.passed for gate in gates),
+        table=render_table(data),
+        verdicts=tuple(verdict.sentence for verdict in data.verdicts),
+        gates=tuple(gate.sentence for gate in gates),
+        versions=tuple(version.uri for version in versions),
+        report=str(target),
+        mlflow=journal.link,
+    )
+
+
+def _report_data(
+    recipe: Recipe,
+    shown: Sequence[Shown],
+    figures: dict[str, Figures],
+    gates: list[GateResult],
+    versions: list[Registered],
+    journal: Journal,
+) -> ReportData:
+    final = [row for row in shown if row.role == "model"][-1]
+    made = [row for row in shown if row.role != "model" or row is not shown[0]]
+    some = figures[final.evaluation.key].cost
+    return ReportData(
+        title=recipe.name,
+        created=max(row.evaluation.created for row in shown).strftime("%Y-%m-%d %H:%M UTC"),
+        rows=tuple(_rows(shown, figures)),
+        summary=_summary(recipe, gates, versions),
+        curves=tuple(_curves(made, journal)),
+        layer_errors=tuple(_layer_errors(final.model, journal)),
+        verdicts=tuple(_verdicts(shown, figures)),
+        gates=tuple(gates),
+        lineage=tuple(journal.lineage),
+        recipe_text=dump_recipe(recipe),
+        hardware=some.hardware,
+        versions=final.evaluation.versions,
+    )
+
+
+def _rows(shown: Sequence[Shown], figures: dict[str, Figures]) -> list[ModelRow]:
+    steps: dict[str, LossStep] = {}
+    for chain in _chains(shown):
+        qualities = [(row.label, figures[row.evaluation.key].quality) for row in chain]
+        for row, step in zip(chain[1:], attribute_loss(qualities), strict=True):
+            steps[row.evaluation.key] = step
+    return [
+        ModelRow(
+            name=row.label,
+            data_name=row.text,
+            quality=figures[row.evaluation.key].quality,
+            cost=figures[row.evaluation.key].cost,
+            loss=steps.get(row.evaluation.key),
+            role=row.role,
+        )
+        for row in shown
+    ]
+
+
+def _chains(shown: Sequence[Shown]) -> list[list[Shown]]:
+    """Return the rows in which each follows from the one before, on the same text."""
+    texts = dict.fromkeys(row.text for row in shown)
+    return [[row for row in shown if row.text == text and row.role != "control"] for text in texts]
+
+
+def _verdicts(shown: Sequence[Shown], figures: dict[str, Figures]) -> list[Verdict]:
+    quality = {(row.label, row.text): figures[row.evaluation.key].quality for row in shown}
+    models = [row for row in shown if row.role == "model"]
+    verdicts = []
+    for row in shown:
+        mine = quality[row.label, row.text]
+        if row.role == "control":
+            rivals = [model for model in models if model.model.kind == row.model.kind
+                      and _same_road(model.model, row.model)]
+            for rival in rivals:
+                claim = f"{rival.label} beats {row.label}"
+                verdicts.append(judge(claim, quality[rival.label, rival.text], mine))
+        elif row.adapter is not None:
+            bare = next(other for other in shown if other.text == row.text and not other.adapter)
+            claim = f"the adapter {row.text} helps on held-out text of its own"
+            verdicts.append(judge(claim, mine, quality[bare.label, bare.text]))
+    return verdicts
+
+
+def _same_road(model: Record, control: Record) -> bool:
+    """Return whether a control was made by the same stage from the same base as the model."""
+    same = ("teacher", "data", "base")
+    return all(model.inputs.get(role) == control.inputs.get(role) for role in same)
+
+
+def _curves(made: Sequence[Shown], journal: Journal) -> list[Curve]:
+    curves: list[Curve] = []
+    seen = set()
+    for row in made:
+        record = row.adapter or row.model
+        if record.key not in seen:
+            seen.add(record.key)
+            curves += [replace(curve, stage=row.label)
+                       for curve in read_curves(journal.store, record)]
+    return curves
+
+
+def _layer_errors(model: Record, journal: Journal) -> list[LayerError]:
+    bits = model.section.get("bits")
+    return [
+        LayerError(layer["name"], layer["relative_error"], layer["block"], bits, layer["fell_back"])
+        for layer in read_layers(journal.store, model)
+    ]
+
+
+def _summary(recipe: Recipe, gates: list[GateResult], versions: list[Registered]) -> str:
+    failed = [gate.name for gate in gates if not gate.passed]
+    names = ", ".join(f"{version.name} version {version.version}" for version in versions)
+    if recipe.publish is None:
+        return "measured, not published: the recipe has no publish section"
+    if failed:
+        return f"registered {names} without an alias: the gates {', '.join(failed)} failed"
+    return f"registered {names} as @{recipe.publish.alias}: all {len(gates)} gates passed"
+
+
+def _render(data: ReportData, target: Path) -> None:
+    """Write the page and its data, unless the same page is there already."""
+    text = data.to_json()
+    beside = target.with_suffix(".json")
+    if beside.exists() and beside.read_text() == text and target.exists():
+        return
+    from stillroom.evaluation.report import render_report
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    render_report(data, target)
+    beside.write_text(text)
+
+
+def _summary_figures(data: ReportData) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for row in data.rows:
+        if row.role == "model":
+            name = row.name.replace(" ", "_")
+            figures[f"{name}/nats_per_token"] = row.quality.estimate("nats").value
+            figures[f"{name}/kl_nats_per_token"] = row.quality.estimate("kl_nats").value
+            if row.cost:
+                figures[f"{name}/size_bytes"] = float(row.cost.size_on_disk_bytes)
+    return figures

@@ -1,0 +1,46 @@
+"""Measure a model, perhaps wearing an adapter, on held-out text."""
+
+from stillroom.adapters.lora import load_adapter
+from stillroom.data.prepare import load_prepared
+from stillroom.evaluation.cost import Workload, folder_size_bytes, measure_cost
+from stillroom.evaluation.quality import measure_quality
+from stillroom.models import load_model
+from tasks.work.bench import Bench, Result
+
+
+def work(bench: Bench) -> Result:
+    """Write quality.json (sums per document, for paired comparisons) and cost.json."""
+    section, inputs = bench.section, bench.inputs
+    folders = [inputs["model"], *([inputs["adapter"]] if "adapter" in inputs else [])]
+    data = load_prepared(inputs["data"])
+    model = load_model(inputs["model"], task=bench.task)
+    if "adapter" in inputs:
+        model = load_adapter(model, inputs["adapter"])
+    itself = len(folders) == 1 and bench.order.inputs["model"] == bench.order.inputs["teacher"]
+    teacher = None if itself else load_model(inputs["teacher"], task=bench.task)
+    quality = measure_quality(
+        model,
+        teacher,
+        data.evaluation,
+        task=bench.task,
+        batch_rows=section["batch_rows"],
+        progress=bench.progress,
+    )
+    workload = Workload(section["prefill_tokens"], section["decode_tokens"], section["repeats"])
+    cost = measure_cost(
+        model, folder_size_bytes(*folders), task=bench.task, workload=workload,
+        progress=bench.progress,
+    )
+    (bench.output / "quality.json").write_text(quality.to_json())
+    (bench.output / "cost.json").write_text(cost.to_json())
+    metrics = {
+        "nats_per_token": quality.estimate("nats").value,
+        "kl_nats_per_token": quality.estimate("kl_nats").value,
+        "agreement": quality.estimate("agreement").value,
+        "size_bytes": float(cost.size_on_disk_bytes),
+        "memory_bytes": float(cost.memory_bytes),
+        "prefill_per_second": cost.prefill_per_second.value,
+    }
+    if cost.decode_tokens_per_second:
+        metrics["decode_tokens_per_second"] = cost.decode_tokens_per_second.value
+    return Result(licence=bench.licence("model"), metrics=metrics)

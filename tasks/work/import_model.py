@@ -1,0 +1,71 @@
+"""Bring a model from wherever it is into the store, as a safetensors checkpoint."""
+
+import json
+import shutil
+from pathlib import Path
+
+from stillroom.builtin import builtin_model, import_builtin
+from stillroom.errors import SourceError
+from stillroom.models import load_tokenizer, read_config, tokenizer_hash
+from tasks.sources import fetch_folder
+from tasks.work.bench import Bench, Result
+
+# Weights in other formats can run code when they are read, and are left behind.
+WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+CODE = ("*.py",)
+
+
+def work(bench: Bench) -> Result:
+    """Write the model's folder, with the number format that the recipe asks for."""
+    source, licence = bench.source("source"), "unknown"
+    if source.place == "builtin":
+        name = source.reference.removeprefix("builtin:")
+        import_builtin(name, bench.output)
+        licence = builtin_model(name).licence
+    else:
+        wanted = WANTED + (CODE if bench.section["trust_remote_code"] else ())
+        if source.place == "hub":
+            folder, licence = _download(source.reference, source.identity, wanted)
+        else:
+            folder = fetch_folder(source, bench.scratch / "source")
+        _copy(folder, bench.output, wanted)
+    _check(bench.output, source.reference)
+    _note_dtype(bench.output, bench.section["dtype"])
+    return Result(licence=licence)
+
+
+def _download(repo: str, commit: str, wanted: tuple[str, ...]) -> tuple[Path, str]:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(repo, revision=commit, allow_patterns=list(wanted))
+        card = HfApi().model_info(repo, revision=commit).card_data
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise SourceError(
+            f"model {repo} at {commit[:12]} cannot be downloaded ({type(error).__name__}); check "
+            "the network and, for a gated model, HF_TOKEN; a rerun goes on with what is there"
+        ) from error
+    return Path(folder), str(card.get("license", "unknown")) if card else "unknown"
+
+
+def _copy(folder: Path, output: Path, wanted: tuple[str, ...]) -> None:
+    for pattern in wanted:
+        for file in folder.glob(pattern):
+            shutil.copyfile(file, output / file.name)
+
+
+def _check(folder: Path, reference: str) -> None:
+    read_config(folder)
+    if not list(folder.glob("*.safetensors")):
+        raise SourceError(
+            f"{reference} has no safetensors files; other formats can run code when they are read: "
+            "convert it first (save_pretrained writes safetensors)"
+        )
+    tokenizer_hash(load_tokenizer(folder))
+
+
+def _note_dtype(folder: Path, dtype: str) -> None:
+    config = read_config(folder)
+    config["dtype"] = dtype
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
