@@ -3,9 +3,9 @@
 import random
 
 import pytest
+
 from stillroom.errors import MismatchError
 from stillroom.evaluation.attribution import attribute_loss, judge
-
 from tests.stillroom.evaluation.test_estimates import quality
 
 DRAW = random.Random(0)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+
 from stillroom.errors import NotFiniteError, RecipeError
 from stillroom.evaluation import cost as module
 from stillroom.evaluation.cost import (
@@ -13,8 +15,6 @@ from stillroom.evaluation.cost import (
     measure_cost,
     memory_bytes,
 )
-from torch import nn
-
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
 
 # peft asks transformers for a property that is about to be renamed.

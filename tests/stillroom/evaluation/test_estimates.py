@@ -7,6 +7,7 @@ import statistics
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stillroom.errors import MismatchError
 from stillroom.evaluation.estimates import (
     Estimate,

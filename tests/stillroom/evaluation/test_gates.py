@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 
 import pytest
+
 from stillroom.evaluation.cost import Cost
 from stillroom.evaluation.estimates import Estimate, Quality, paired_ratio
 from stillroom.evaluation.gates import GateBounds, GateFigures, all_passed, check_gates

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+
 from stillroom.data.examples import Examples
 from stillroom.errors import DataError, MismatchError, NotFiniteError
 from stillroom.evaluation import quality as module
 from stillroom.evaluation.quality import measure_qualities, measure_quality
-
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
 
 # peft asks transformers for a property that is about to be renamed.

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+
 from stillroom.errors import MismatchError
 from stillroom.evaluation.reload import ReloadCheck, measure_reload
 from stillroom.models import load_model, save_model
-
 from tests.stillroom.evaluation.test_quality import sentences, text
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama, tiny_tokenizer
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+
 from stillroom.evaluation.attribution import attribute_loss, judge
 from stillroom.evaluation.estimates import Estimate
 from stillroom.evaluation.gates import GateBounds, check_gates
@@ -19,7 +20,6 @@ from stillroom.evaluation.report import (
     render_table,
 )
 from stillroom.evaluation.tables import format_count, format_estimate
-
 from tests.stillroom.evaluation.test_gates import COST, GOOD, measured
 
 EVIL = "<script>alert('$x_1$')</script> & | https://example.org/x.js"
