@@ -1,0 +1,187 @@
+"""What MLflow loads and asks: a registered base or adapter behind `predict`.
+
+The registered version carries this package along, and nothing of it is pickled: its code file
+calls `as_pyfunc`, and the model is read from safetensors.
+"""
+
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stillroom.contents import Contents, read_contents
+from stillroom.errors import MismatchError
+
+# The code file of every registered version.
+CODE = """\
+from mlflow.models import set_model
+from stillroom.serving import as_pyfunc
+
+set_model(as_pyfunc())
+"""
+DEFAULT_CONFIG: dict[str, Any] = {"weights": "dense", "dtype": "float32", "device": "cpu"}
+DEFAULT_NEW_TOKENS = 32
+CLASSIFIED_AT_ONCE = 16
+
+
+def as_pyfunc() -> Any:
+    """Return what MLflow takes for a model: it loads a `ServedModel` and passes questions on.
+
+    `model_config` of `mlflow.pyfunc.load_model` may set `weights` ("dense", or "packed" to keep a
+    quantized model's integers in memory), `dtype` and `device`.
+    """
+    from pandas import DataFrame
+
+    with warnings.catch_warnings():
+        # MLflow warns of its own type hints on import.
+        warnings.simplefilter("ignore", UserWarning)
+        from mlflow.pyfunc.model import PythonModel
+
+    class Pyfunc(PythonModel):
+        def load_context(self, context: Any) -> None:
+            contents = read_contents(Path(context.artifacts["contents"]))
+            folder = Path(context.artifacts["model"])
+            self.served = ServedModel(folder, contents, context.model_config or {})
+
+        # Lists become tables on the way in. Of other hints than this one, MLflow would make a
+        # signature of its own, without parameters.
+        def predict(
+            self, context: Any, model_input: DataFrame, params: dict[str, Any] | None = None
+        ) -> Any:
+            return self.served.predict(model_input, **(params or {}))
+
+    return Pyfunc()
+
+
+class ServedModel:
+    """A causal LM that continues texts greedily, or a classifier that labels them."""
+
+    def __init__(self, folder: Path, contents: Contents, config: Mapping[str, Any]) -> None:
+        """Load the model from the version's files, and an adapter's base from the registry."""
+        self.config = {**DEFAULT_CONFIG, **config}
+        self.contents = contents
+        load = self._load if contents.base is None else self._load_adapted
+        self.model, self.tokenizer = load(folder)
+
+    def predict(self, model_input: Any, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> Any:
+        """Return a table with a row for each text.
+
+        Args:
+            model_input: a table with the one column `text`, a list of texts, or one text.
+            max_new_tokens: most tokens that a causal LM adds to each text.
+
+        Returns:
+            For a causal LM the column `generated`, without the prompt; for a classifier `label`,
+            `score` (its probability) and `scores` (every class's probability).
+        """
+        texts = texts_of(model_input)
+        if self.contents.task == "sequence_classification":
+            return self._classify(texts)
+        return self._generate(texts, max_new_tokens)
+
+    def _load(self, folder: Path) -> tuple[Any, Any]:
+        import torch
+
+        from stillroom.models import load_model, load_tokenizer
+
+        model = load_model(
+            folder,
+            task=self.contents.task,
+            dtype=getattr(torch, self.config["dtype"]),
+            weights=self.config["weights"],
+        )
+        return model.to(self.config["device"]), load_tokenizer(folder)
+
+    def _load_adapted(self, adapter: Path) -> tuple[Any, Any]:
+        from stillroom.adapters.lora import load_adapter
+        from stillroom.pull import fetch_base, open_client
+
+        assert self.contents.base is not None
+        with tempfile.TemporaryDirectory() as scratch:
+            base = Path(scratch) / "base"
+            fetch_base(open_client(), self.contents.base, base)
+            model, tokenizer = self._load(base)
+        return load_adapter(model, adapter).to(self.config["device"]).eval(), tokenizer
+
+    def _generate(self, texts: list[str], max_new_tokens: int) -> Any:
+        import pandas
+        import torch
+
+        generated = []
+        # One by one: padding changes the rounding, and a greedy choice may hang on it.
+        for text in texts:
+            encoded = self.tokenizer(text, return_tensors="pt")
+            ids = encoded["input_ids"].to(self.config["device"])  # (1, tokens)
+            if ids.shape[1] == 0:
+                ids = ids.new_tensor([[self._start_id()]], dtype=torch.long)
+            with torch.inference_mode():
+                output = self.model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    pad_token_id=self._pad_id(),
+                )
+            fresh = output[0, ids.shape[1] :]  # (new tokens,)
+            generated.append(self.tokenizer.decode(fresh, skip_special_tokens=True))
+        return pandas.DataFrame({"generated": generated})
+
+    def _classify(self, texts: list[str]) -> Any:
+        import pandas
+        import torch
+
+        names = self.model.config.id2label
+        rows = []
+        for start in range(0, len(texts), CLASSIFIED_AT_ONCE):
+            encoded = self.tokenizer(
+                texts[start : start + CLASSIFIED_AT_ONCE],
+                padding=True,
+                truncation=True,
+                max_length=min(
+                    self.tokenizer.model_max_length, self.model.config.max_position_embeddings
+                ),
+                return_tensors="pt",
+            ).to(self.config["device"])
+            with torch.inference_mode():
+                logits = self.model(
+                    input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]
+                ).logits  # (texts, classes)
+            for scores in logits.float().softmax(-1).tolist():
+                best = max(range(len(scores)), key=scores.__getitem__)
+                rows.append((names[best], scores[best], scores))
+        return pandas.DataFrame(rows, columns=["label", "score", "scores"])
+
+    def _start_id(self) -> int:
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise MismatchError("an empty text came, and the tokenizer has no token to begin with")
+
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self._start_id())
+
+
+def texts_of(model_input: Any) -> list[str]:
+    """Return the texts in a table, a list, or a single text.
+
+    Raises:
+        MismatchError: there are none, or they are no texts.
+    """
+    if isinstance(model_input, str):
+        return [model_input]
+    columns = list(getattr(model_input, "columns", []))
+    if columns:
+        texts = list(model_input["text" if "text" in columns else columns[0]])
+    else:
+        texts = list(model_input)
+    wrong = [text for text in texts if not isinstance(text, str)]
+    if wrong or not texts:
+        came = f"{type(wrong[0]).__name__}" if wrong else "an empty table"
+        raise MismatchError(f"expected a column `text` or a list of texts; {came} came")
+    return texts

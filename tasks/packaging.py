@@ -1,0 +1,87 @@
+"""The small files of a registered version: its code, requirements, signature and MLmodel.
+
+The weights are not copied: they are uploaded from where they lie, beside what is made here.
+"""
+
+import importlib.metadata
+import warnings
+from pathlib import Path
+from typing import Any
+
+import stillroom
+from stillroom.contents import LISTING, Contents
+from stillroom.serving import CODE, DEFAULT_CONFIG, DEFAULT_NEW_TOKENS
+
+REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "numpy", "pandas")
+EXAMPLE_TEXT = "Once upon a time"
+
+
+def write_package(folder: Path, contents: Contents, model: Any, run_id: str) -> None:
+    """Write into `folder` everything of a registered version but the model's own files.
+
+    Args:
+        folder: does not exist yet.
+        contents: what the version holds; it goes along as stillroom.json.
+        model: the LoggedModel it is written for.
+        run_id: run that made it.
+    """
+    with warnings.catch_warnings():
+        # MLflow's own type hints make it warn on import.
+        warnings.simplefilter("ignore", UserWarning)
+        import mlflow.pyfunc
+    from mlflow.models import Model
+
+    code = folder.with_name("served_model.py")
+    code.write_text(CODE)
+    description = Model(
+        artifact_path=model.artifact_location,
+        model_uuid=model.model_id,
+        run_id=run_id,
+        model_id=model.model_id,
+    )
+    mlflow.pyfunc.save_model(
+        folder,
+        mlflow_model=description,
+        python_model=code,
+        code_paths=[str(Path(stillroom.__file__).parent)],
+        model_config=DEFAULT_CONFIG,
+        signature=_signature(contents.task),
+        input_example=[EXAMPLE_TEXT],
+        pip_requirements=requirements(contents),
+    )
+    (folder / "artifacts").mkdir()
+    (folder / "artifacts" / LISTING).write_text(contents.to_json())
+    # What `save_model(artifacts=…)` writes, without its copy of the weights.
+    description.flavors["python_function"]["artifacts"] = {
+        name: {"path": path, "uri": path}
+        for name, path in (("model", "artifacts/model"), ("contents", f"artifacts/{LISTING}"))
+    }
+    description.model_size_bytes = sum(file.size for file in contents.files)
+    description.save(folder / "MLmodel")
+
+
+def requirements(contents: Contents) -> list[str]:
+    """Return what a machine needs to load the version, pinned to what is installed here."""
+    packages = REQUIREMENTS if contents.base is None else (*REQUIREMENTS, "peft")
+    # A build's mark such as +cpu names no release that an index would have.
+    return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in packages]
+
+
+def _signature(task: str) -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    # Without a name, so that a list of texts will do as well as a table with a column `text`.
+    inputs = Schema([ColSpec(DataType.string)])
+    if task == "sequence_classification":
+        outputs = Schema(
+            [
+                ColSpec(DataType.string, "label"),
+                ColSpec(DataType.double, "score"),
+                ColSpec(Array(DataType.double), "scores"),
+            ]
+        )
+        return ModelSignature(inputs=inputs, outputs=outputs)
+    outputs = Schema([ColSpec(DataType.string, "generated")])
+    params = ParamSchema([ParamSpec("max_new_tokens", DataType.long, DEFAULT_NEW_TOKENS)])
+    return ModelSignature(inputs=inputs, outputs=outputs, params=params)
