@@ -7,9 +7,9 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,20 @@ from transformers import PreTrainedModel
 
 from stillroom.errors import NotFiniteError, RecipeError
 from stillroom.evaluation.estimates import Estimate
+from stillroom.evaluation.figures import Cost
 from stillroom.evaluation.quality import evaluating
 from stillroom.models import Task
 from stillroom.progress import Progress, silent
+
+__all__ = [
+    "Cost",
+    "Workload",
+    "count_parameters",
+    "folder_size_bytes",
+    "hardware",
+    "measure_cost",
+    "memory_bytes",
+]
 
 
 @dataclass(frozen=True)
@@ -30,37 +41,6 @@ class Workload:
     decode_tokens: int = 24
     repeats: int = 3
     """Timed repetitions after one warm-up; their median counts."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a model takes on one machine."""
-
-    parameters: int
-    """Weights as the architecture counts them, tied ones once; packed integers as weights."""
-    size_on_disk_bytes: int
-    memory_bytes: int
-    """Parameters and buffers as loaded, shared storage once."""
-    prefill_per_second: Estimate
-    prefill_unit: Literal["tokens/s", "sequences/s"]
-    decode_tokens_per_second: Estimate | None
-    """None for a model that does not generate."""
-    latency_ms: Estimate
-    """Per generated token; per sequence for a model that does not generate."""
-    hardware: dict[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        """Return the figures as JSON text."""
-        from pydantic import TypeAdapter
-
-        return TypeAdapter(Cost).dump_json(self, indent=2).decode()
-
-    @classmethod
-    def from_json(cls, text: str) -> "Cost":
-        """Return what `to_json` wrote."""
-        from pydantic import TypeAdapter
-
-        return TypeAdapter(cls).validate_json(text)
 
 
 def measure_cost(

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from stillroom.evaluation.cost import Cost
 from stillroom.evaluation.estimates import (
     Estimate,
     Quality,
@@ -18,7 +17,7 @@ from stillroom.evaluation.estimates import (
     paired_estimate,
     paired_ratio,
 )
-from stillroom.evaluation.reload import ReloadCheck
+from stillroom.evaluation.figures import Cost, ReloadCheck
 
 
 @dataclass(frozen=True)

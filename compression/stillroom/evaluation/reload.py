@@ -1,27 +1,13 @@
 """Check that a checkpoint loaded afresh is the model that was saved."""
 
-from dataclasses import dataclass
-
 from transformers import PreTrainedModel
 
 from stillroom.data.examples import Examples
 from stillroom.errors import MismatchError
+from stillroom.evaluation.figures import ReloadCheck
 from stillroom.evaluation.quality import evaluating, predict
 
-
-@dataclass(frozen=True)
-class ReloadCheck:
-    """How far the logits of two loads of one model lie apart."""
-
-    max_difference: float
-    max_logit: float
-
-    @property
-    def relative(self) -> float:
-        """Return the largest difference over the largest logit, both in absolute value."""
-        if self.max_difference == 0:
-            return 0.0
-        return self.max_difference / self.max_logit if self.max_logit else float("inf")
+__all__ = ["ReloadCheck", "measure_reload"]
 
 
 def measure_reload(

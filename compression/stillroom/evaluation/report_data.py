@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from stillroom.evaluation.attribution import LossStep, Verdict
-from stillroom.evaluation.cost import Cost
 from stillroom.evaluation.estimates import Quality
+from stillroom.evaluation.figures import Cost
 from stillroom.evaluation.gates import GateResult
 
 
