@@ -2,8 +2,7 @@
 
 Values follow each other bit by bit, lowest bits first, across word borders: 3-bit values fill
 three words with 32 values. Version 1 of the format stores zero points less one, version 2 as
-they are. The subtraction is on whole words, as other readers and writers do it; with zero points
-of at least 1 it is the same as a subtraction from each value.
+they are. Zero points here are at least 1: what others make of a 0 in version 1 differs.
 """
 
 import math
@@ -84,9 +83,8 @@ def unpack_rows(words: Tensor, bits: int) -> Tensor:
 def pack(weight: QuantizedWeight, checkpoint_format: CheckpointFormat = "gptq") -> PackedWeight:
     """Return the tensors that a GPTQ checkpoint holds for this weight."""
     columns = weight.integers.shape[1]
-    qzeros = pack_rows(weight.zeros, weight.bits).T  # (groups, out * bits / 32)
-    if checkpoint_format == "gptq":
-        qzeros = qzeros - ones(weight.zeros.shape[0], weight.bits, qzeros.device)
+    zeros = weight.zeros - 1 if checkpoint_format == "gptq" else weight.zeros
+    qzeros = pack_rows(zeros, weight.bits).T  # (groups, out * bits / 32)
     g_idx = torch.arange(columns, dtype=torch.int32, device=qzeros.device) // weight.group_size
     return PackedWeight(
         qweight=pack_rows(weight.integers.T, weight.bits),
@@ -98,9 +96,14 @@ def pack(weight: QuantizedWeight, checkpoint_format: CheckpointFormat = "gptq") 
 
 def unpack_zeros(qzeros: Tensor, bits: int, checkpoint_format: CheckpointFormat) -> Tensor:
     """Return the zero points, (groups, out) uint8, of either version of the format."""
-    if checkpoint_format == "gptq":
-        qzeros = qzeros + ones(qzeros.shape[1] * WORD // bits, bits, qzeros.device)
-    return unpack_rows(qzeros.T, bits).T
+    if checkpoint_format == "gptq_v2":
+        return unpack_rows(qzeros.T, bits).T
+    if WORD % bits:
+        return (unpack_rows(qzeros.T, bits).T + 1) & (2**bits - 1)
+    # gptqmodel turns version 2 into 1 on whole words: a zero point of 0 borrows from the next
+    # value. Adding on whole words gives it back, and without a 0 it is the same.
+    ones = pack_rows(torch.ones(WORD // bits, 1, dtype=torch.uint8), bits).item()
+    return unpack_rows((qzeros + ones).T, bits).T
 
 
 def unpack(
@@ -132,8 +135,3 @@ def has_plain_groups(g_idx: Tensor, groups: int) -> bool:
         return False
     plain = torch.arange(columns, dtype=g_idx.dtype, device=g_idx.device) // (columns // groups)
     return torch.equal(g_idx, plain)
-
-
-def ones(count: int, bits: int, device: torch.device) -> Tensor:
-    """Return `count` packed ones, (count * bits / 32,) int32."""
-    return pack_rows(torch.ones(count, 1, dtype=torch.uint8, device=device), bits)[:, 0]

@@ -1,0 +1,53 @@
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+from stillroom.blocks import find_blocks, find_linears, read_weight, write_weight
+from stillroom.errors import RecipeError
+from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
+
+
+def _gpt2():
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "linears"),
+    [
+        (tiny_llama(), "model.layers", 7),
+        (tiny_bert_classifier(), "bert.encoder.layer", 6),
+        (_gpt2(), "transformer.h", 4),
+    ],
+    ids=["llama", "bert", "gpt2"],
+)
+def test_blocks_and_linears_are_found_without_a_table(model, name, linears):
+    found, blocks = find_blocks(model)
+    assert found == name
+    assert len(blocks) == 2
+    assert len(find_linears(blocks[0])) == linears
+
+
+def test_linears_come_in_definition_order():
+    _, blocks = find_blocks(tiny_llama())
+    assert [name.split(".")[-1] for name in find_linears(blocks[0])] == [
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    ]  # fmt: skip
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(RecipeError, match="Sequential has no such ModuleList"):
+        find_blocks(nn.Sequential(nn.Linear(4, 4)))
+
+
+@pytest.mark.parametrize("linear", [nn.Linear(3, 5), Conv1D(5, 3)], ids=["Linear", "Conv1D"])
+def test_weights_are_read_and_written_as_out_by_in(linear):
+    assert read_weight(linear).shape == (5, 3)
+    values = torch.arange(15.0).view(5, 3)
+    write_weight(linear, values)
+    assert torch.equal(read_weight(linear), values)
+    x = torch.ones(1, 3)
+    assert torch.allclose(linear(x), values.sum(1) + linear.bias)
