@@ -80,6 +80,7 @@ def connect(tracking_uri: str) -> Any:
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # 2 + 4 + 8 + 16 seconds between the tries; MLflow's own 7 retries last for minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     if tracking_uri.startswith("sqlite:///"):
