@@ -1,0 +1,1 @@
+"""Adapters: small trainable parts beside a frozen base."""

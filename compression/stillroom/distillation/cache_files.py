@@ -1,0 +1,207 @@
+"""The teacher cache on disk: its layout, byte by byte, and its reader.
+
+A cache is a folder of `cache.json` and `shard-00000.safetensors`, `shard-00001.safetensors`, …
+A shard holds `rows_per_shard` consecutive rows of the examples (the last one fewer). A safetensors
+file is 8 bytes (little-endian length n of the header), n bytes of JSON (name, type, shape and
+offsets of each tensor), then the tensors, little-endian and row-major, which is why a reader can
+map the file and touch only the rows it needs. L is the sequence length, K the head entries, M the
+draws; position t is the teacher's distribution of token t + 1, at the capture temperature.
+
+    sampled, top_k
+      head_ids            (rows, L, K) uint16, or int32 above 65,536 words   most likely words
+      head_probabilities  (rows, L, K) float16   sampled: rounded up or down at random, mean kept;
+                                                 top_k: renormalised to sum to 1
+      tail_ids            (rows, L, M) uint16, or int32   drawn words, repeats allowed; each stands
+                                                 for tail_mass / M (absent where M is 0)
+      tail_mass           (rows, L)    float16   1 less the head's exact sum, rounded as the head
+      entropy             (rows, L)    float32   of the whole distribution, in nats
+    dense
+      logits              (rows, L, vocab) float32; classification: (rows, labels) float32
+
+head_ids and head_probabilities are absent where K is 0, tail_ids and tail_mass where M is 0.
+At the default K = 4 and M = 8 with a vocabulary of at most 65,536 words: 4·(2+2) + 8·2 + 2 + 4 =
+38 bytes a token. Padding positions hold zeros.
+
+`cache.json` holds what the targets belong to (fields of `CacheFacts`) and each shard's SHA-256.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from stillroom.checkpoint import sha256_of
+from stillroom.data.examples import Examples
+from stillroom.distillation.losses import DenseTargets, SoftTargets
+from stillroom.errors import CorruptedError, MismatchError, SourceError
+
+CacheKind = Literal["sampled", "top_k", "dense"]
+FACTS = "cache.json"
+
+
+@dataclass(frozen=True)
+class CacheFacts:
+    """What the targets of a cache belong to: they are of use to nothing else.
+
+    `row_hashes` are those of the examples, one a row, in order. `teacher` names the model that was
+    asked, `vocabulary` counts its words (classification: its labels).
+    """
+
+    kind: CacheKind
+    head: int
+    draws: int
+    temperature: float
+    seed: int
+    rows_per_shard: int
+    vocabulary: int
+    sequence_length: int
+    tokenizer_hash: str
+    teacher: str
+    row_hashes: tuple[str, ...]
+    format_version: int = 1
+
+
+class TeacherCache:
+    """Read the targets of a cache, row by row, out of mapped files.
+
+    Memory does not grow with the cache: only the rows asked for are copied.
+    """
+
+    def __init__(self, folder: Path, facts: CacheFacts) -> None:
+        self.folder = folder
+        self.facts = facts
+        self._shards: dict[int, Any] = {}
+
+    @classmethod
+    def open(cls, folder: Path) -> "TeacherCache":
+        """Return the cache in `folder`, its shards verified.
+
+        Raises:
+            SourceError: there is no cache.
+            CorruptedError: a shard is missing, or its bytes are not those that were written.
+        """
+        try:
+            content = json.loads((folder / FACTS).read_text())
+        except FileNotFoundError:
+            raise SourceError(
+                f"{folder} holds no teacher cache: expected {FACTS}; capture one first"
+            ) from None
+        except ValueError as error:
+            raise CorruptedError(f"{folder / FACTS} is no JSON: {error}; capture again") from error
+        shards: dict[str, str] = content.pop("shards")
+        for name, expected in shards.items():
+            if not (folder / name).is_file() or sha256_of(folder / name) != expected:
+                raise CorruptedError(
+                    f"{folder / name} is missing or has changed since it was written; "
+                    "capture the cache again"
+                )
+        content["row_hashes"] = tuple(content["row_hashes"])
+        return cls(folder, CacheFacts(**content))
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.facts.row_hashes)
+
+    def check(self, examples: Examples, temperature: float) -> None:
+        """Refuse examples or a temperature that the cache was not captured for.
+
+        Raises:
+            MismatchError: naming what differs: tokenizer, length, rows or temperature.
+        """
+        facts = self.facts
+        length = examples.input_ids.shape[1]
+        pairs = {
+            "tokenizer": (facts.tokenizer_hash[:12], examples.tokenizer_hash[:12]),
+            "sequence length": (facts.sequence_length, length),
+            "temperature": (facts.temperature, temperature),
+            "number of rows": (len(self), len(examples)),
+        }
+        for what, (cached, asked) in pairs.items():
+            if cached != asked:
+                raise MismatchError(
+                    f"the teacher cache has another {what}: it was captured with {cached}, "
+                    f"{asked} came; capture the teacher again on these rows"
+                )
+        for row, (cached, asked) in enumerate(
+            zip(facts.row_hashes, examples.row_hashes(), strict=True)
+        ):
+            if cached != asked:
+                raise MismatchError(
+                    f"the teacher cache has other rows: row {row} holds other tokens than in the "
+                    "examples, which were packed, ordered or filtered otherwise; "
+                    "capture the teacher again on these rows"
+                )
+
+    def targets(self, rows: Tensor) -> SoftTargets | DenseTargets:
+        """Return the teacher's targets of some rows (batch,), in that order."""
+        if self.facts.kind == "dense":
+            return DenseTargets(self._tensor("logits", rows).float())
+        shape = (len(rows), self.facts.sequence_length, 0)
+        ids = [torch.empty(shape, dtype=torch.long)]
+        probabilities = [torch.empty(shape)]
+        if self.facts.head:
+            ids.append(self._tensor("head_ids", rows).long())
+            probabilities.append(self._tensor("head_probabilities", rows).float())
+        if self.facts.draws:
+            drawn = self._tensor("tail_ids", rows).long()  # (batch, length, M)
+            each = self._tensor("tail_mass", rows).float() / self.facts.draws
+            ids.append(drawn)
+            probabilities.append(each.unsqueeze(-1).expand(drawn.shape))
+        return SoftTargets(
+            torch.cat(ids, -1), torch.cat(probabilities, -1), self._tensor("entropy", rows)
+        )
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of all shards over all positions of all rows."""
+        size = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        return size / (len(self) * self.facts.sequence_length)
+
+    def _tensor(self, name: str, rows: Tensor) -> Tensor:
+        parts = []
+        for row in rows.tolist():
+            shard, offset = divmod(row, self.facts.rows_per_shard)
+            parts.append(self._shard(shard).get_slice(name)[offset : offset + 1])
+        values = np.concatenate(parts)
+        # torch can hold uint16 but index with nothing of it.
+        return torch.from_numpy(values.astype(np.int32) if values.dtype == np.uint16 else values)
+
+    def _shard(self, number: int) -> Any:
+        if number not in self._shards:
+            path = self.folder / shard_file(number)
+            try:
+                self._shards[number] = safe_open(path, framework="numpy")
+            except (OSError, SafetensorError) as error:
+                raise CorruptedError(f"{path} cannot be read: {error}; capture again") from error
+        return self._shards[number]
+
+
+def shard_name(number: int) -> str:
+    """Return the name of a shard as a checkpoint piece: shard-00003."""
+    return f"shard-{number:05d}"
+
+
+def shard_file(number: int) -> str:
+    """Return the file name of a shard: shard-00003.safetensors."""
+    return f"{shard_name(number)}.safetensors"
+
+
+def write_facts(folder: Path, facts: CacheFacts, *, shards: int) -> None:
+    """Write `cache.json` beside the shards, last: until then the cache does not exist."""
+    names = [shard_file(number) for number in range(shards)]
+    hashes = {name: sha256_of(folder / name) for name in names}
+    (folder / FACTS).write_text(json.dumps(asdict(facts) | {"shards": hashes}, sort_keys=True))
+
+
+def identity(facts: CacheFacts) -> dict[str, Any]:
+    """Return the facts without the row hashes, as JSON values, to compare two captures."""
+    return {
+        entry.name: getattr(facts, entry.name)
+        for entry in fields(facts)
+        if entry.name != "row_hashes"
+    }

@@ -1,0 +1,107 @@
+"""Train a student on what the teacher said, and on the text."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from stillroom.checkpoint import Checkpoints
+from stillroom.data.examples import Examples
+from stillroom.distillation.cache_files import TeacherCache
+from stillroom.distillation.losses import DenseTargets, SoftTargets, mixed_loss
+from stillroom.errors import MismatchError, RecipeError
+from stillroom.fine_tuning import aligned_labels, fine_tune, held_out, output_logits
+from stillroom.progress import Progress, silent
+from stillroom.training import Batch, TrainingHistory, TrainingOptions, train
+
+
+@dataclass(frozen=True)
+class DistillationOptions:
+    """Weights of the two parts of the loss, the temperature of both models, and the loop.
+
+    The loss is soft_weight · T² · KL(teacher ‖ student) + hard_weight · cross-entropy.
+    """
+
+    training: TrainingOptions
+    soft_weight: float = 1.0
+    hard_weight: float = 0.0
+    temperature: float = 1.0
+
+
+def distill(
+    student: nn.Module,
+    examples: Examples,
+    cache: TeacherCache | None,
+    options: DistillationOptions,
+    *,
+    evaluation: Examples | None = None,
+    checkpoints: Checkpoints | None = None,
+    fingerprint: str = "",
+    progress: Progress = silent,
+) -> TrainingHistory:
+    """Train `student` in place on the cached targets of `examples`; return its curves.
+
+    Without a cache the cross-entropy alone is minimised: the control of a distillation. Rows for
+    `evaluation` are measured by cross-entropy while training.
+
+    Raises:
+        MismatchError: the cache belongs to other rows, another tokenizer, temperature or
+            vocabulary; or a checkpoint to another run.
+        RecipeError: both weights are 0.
+        what `stillroom.training.train` raises.
+    """
+    if cache is None:
+        return fine_tune(
+            student,
+            examples,
+            options.training,
+            evaluation=evaluation,
+            checkpoints=checkpoints,
+            fingerprint=fingerprint,
+            progress=progress,
+        )
+    if options.soft_weight + options.hard_weight <= 0:
+        raise RecipeError("soft_weight and hard_weight are both 0: give one of them a weight")
+    cache.check(examples, options.temperature)
+    weights = f"soft {options.soft_weight} hard {options.hard_weight} T {options.temperature}"
+    return train(
+        student,
+        examples,
+        _CachedTeacherLoss(cache, options),
+        options.training,
+        evaluate=held_out(evaluation, options.training.batch_rows),
+        checkpoints=checkpoints,
+        fingerprint=f"{fingerprint} {weights}",
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True)
+class _CachedTeacherLoss:
+    cache: TeacherCache
+    options: DistillationOptions
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        logits = output_logits(model, batch)
+        vocabulary = self.cache.facts.vocabulary
+        if logits.shape[-1] != vocabulary:
+            raise MismatchError(
+                f"the teacher cache has {vocabulary} words or labels, the student "
+                f"{logits.shape[-1]}; a student learns from a teacher with the same ones"
+            )
+        return mixed_loss(
+            logits,
+            aligned_labels(batch),
+            _on_device(self.cache.targets(batch.rows), logits),
+            soft_weight=self.options.soft_weight,
+            hard_weight=self.options.hard_weight,
+            temperature=self.options.temperature,
+        )
+
+
+def _on_device(targets: SoftTargets | DenseTargets, like: Tensor) -> SoftTargets | DenseTargets:
+    match targets:
+        case DenseTargets(logits):
+            return DenseTargets(logits.to(like.device))
+        case SoftTargets(ids, probabilities, entropy):
+            device = like.device
+            return SoftTargets(ids.to(device), probabilities.to(device), entropy.to(device))

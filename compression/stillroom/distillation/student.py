@@ -1,0 +1,87 @@
+"""Make a student out of some of the teacher's layers."""
+
+import copy
+from typing import Literal, TypeVar
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from stillroom.blocks import find_blocks
+from stillroom.errors import RecipeError
+
+Rule = Literal["every_other", "first_last", "even"]
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def choose_layers(total: int, count: int, rule: Rule = "even") -> tuple[int, ...]:
+    """Return which `count` of `total` layers a student takes, counted from 0, ascending.
+
+    "even": spread evenly from the first to the last, both included; 6 of 12 are 0, 2, 4, 7, 9, 11,
+    as DistilBERT takes them. "every_other": steps of total / count from the first on; 6 of 12 are
+    0, 2, 4, 6, 8, 10. "first_last": the first half from the start, the rest from the end.
+
+    Raises:
+        RecipeError: the teacher has fewer layers, or none is asked for.
+    """
+    if not 1 <= count <= total:
+        raise RecipeError(
+            f"student.layers: expected 1 to {total} layers, as many as the teacher has, got {count}"
+        )
+    match rule:
+        case "even":
+            steps = max(count - 1, 1)
+            # Halves are rounded up in integers: float rounding would go to the even neighbour.
+            return tuple((2 * i * (total - 1) + steps) // (2 * steps) for i in range(count))
+        case "every_other":
+            return tuple(i * total // count for i in range(count))
+        case "first_last":
+            first = (count + 1) // 2
+            return (*range(first), *range(total - (count - first), total))
+
+
+def initialise_student(teacher: Model, layers: tuple[int, ...]) -> Model:
+    """Return a new model that has copies of the teacher's blocks `layers`, and of all the rest.
+
+    The copy shares no memory with the teacher. Its config says the new number of layers, also in
+    lists with one entry a layer, so the student saves and loads as any model of its kind.
+
+    Raises:
+        RecipeError: a layer is out of range or named twice, or the order is not ascending.
+    """
+    name, blocks = find_blocks(teacher)
+    _check_layers(layers, len(blocks))
+    chosen = [blocks[layer] for layer in layers]
+    # What the memo already holds is not copied: the layers left out cost no memory.
+    left_out = [block for i, block in enumerate(blocks) if i not in layers]
+    memo: dict[int, object] = {id(block): nn.Identity() for block in left_out}
+    student = copy.deepcopy(teacher, memo)
+    copied = nn.ModuleList(copy.deepcopy(block, memo) for block in chosen)
+    parent, _, attribute = name.rpartition(".")
+    setattr(student.get_submodule(parent), attribute, copied)
+    for position, block in enumerate(copied):
+        for module in block.modules():
+            # Attention finds its part of the key-value cache by this number.
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = position  # type: ignore[assignment]
+    _shrink_config(student.config, layers, len(blocks))
+    student.requires_grad_(True)
+    return student
+
+
+def _check_layers(layers: tuple[int, ...], total: int) -> None:
+    if not layers or list(layers) != sorted(set(layers)):
+        raise RecipeError(
+            f"student.layers: expected different layers in ascending order, got {list(layers)}"
+        )
+    if layers[0] < 0 or layers[-1] >= total:
+        raise RecipeError(
+            f"student.layers: the teacher's layers are 0 to {total - 1}, got {list(layers)}"
+        )
+
+
+def _shrink_config(config: PreTrainedConfig, layers: tuple[int, ...], total: int) -> None:
+    # The setter maps this name to the config's own, such as GPT-2's n_layer.
+    config.num_hidden_layers = len(layers)
+    for name, value in list(vars(config).items()):
+        if "layer" in name and isinstance(value, list | tuple) and len(value) == total:
+            setattr(config, name, type(value)(value[layer] for layer in layers))

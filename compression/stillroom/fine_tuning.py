@@ -1,0 +1,86 @@
+"""Training on labels alone: the teacher's own task, the control of distillation, adapters."""
+
+import torch
+from torch import Tensor, nn
+
+from stillroom.checkpoint import Checkpoints
+from stillroom.data.examples import Examples
+from stillroom.distillation.losses import IGNORED, hard_cross_entropy, next_labels
+from stillroom.progress import Progress, silent
+from stillroom.training import Batch, Evaluate, TrainingHistory, TrainingOptions, train
+
+
+def fine_tune(
+    model: nn.Module,
+    examples: Examples,
+    options: TrainingOptions,
+    *,
+    evaluation: Examples | None = None,
+    checkpoints: Checkpoints | None = None,
+    fingerprint: str = "",
+    progress: Progress = silent,
+) -> TrainingHistory:
+    """Train `model` in place on the labels of `examples` by cross-entropy.
+
+    Raises:
+        what `stillroom.training.train` raises.
+    """
+    return train(
+        model,
+        examples,
+        cross_entropy,
+        options,
+        evaluate=held_out(evaluation, options.batch_rows),
+        checkpoints=checkpoints,
+        fingerprint=fingerprint,
+        progress=progress,
+    )
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    """Return the cross-entropy of the model on the batch's labels, in nats a prediction."""
+    loss = hard_cross_entropy(output_logits(model, batch), aligned_labels(batch))
+    return loss, {"cross_entropy_nats": loss.item()}
+
+
+def output_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the model's logits, (batch, length, vocab) or (batch, labels)."""
+    # A decoder in training would fill a key-value cache that nobody reads.
+    options = {"use_cache": False} if batch.is_causal else {}
+    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
+    logits: Tensor = output.logits
+    return logits
+
+
+def aligned_labels(batch: Batch) -> Tensor:
+    """Return the labels that the logits answer for, place by place."""
+    return next_labels(batch.labels) if batch.is_causal else batch.labels
+
+
+def held_out(examples: Examples | None, batch_rows: int) -> Evaluate | None:
+    """Return a function that measures a model on `examples`, or None where there are none."""
+    if examples is None or len(examples) == 0:
+        return None
+    return lambda model: measure(model, examples, batch_rows)
+
+
+@torch.no_grad()
+def measure(model: nn.Module, examples: Examples, batch_rows: int) -> dict[str, float]:
+    """Return the mean cross-entropy in nats, and the accuracy, over all labels of `examples`."""
+    device = next(model.parameters()).device
+    nats, hits, count = 0.0, 0, 0
+    for start in range(0, len(examples), batch_rows):
+        part = examples.take(slice(start, start + batch_rows))
+        batch = Batch(
+            rows=torch.arange(start, start + len(part)),
+            input_ids=part.input_ids.to(device),
+            attention_mask=part.attention_mask.to(device),
+            labels=part.labels.to(device),
+        )
+        logits, labels = output_logits(model, batch), aligned_labels(batch)
+        predictions = batch.predictions
+        nats += hard_cross_entropy(logits, labels).item() * predictions
+        hits += int(((logits.argmax(-1) == labels) & (labels != IGNORED)).sum())
+        count += predictions
+    count = max(count, 1)
+    return {"held_out_cross_entropy_nats": nats / count, "held_out_accuracy": hits / count}

@@ -1,0 +1,174 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from stillroom.checkpoint import FolderCheckpoints
+from stillroom.distillation.distill import DistillationOptions, distill
+from stillroom.distillation.student import initialise_student
+from stillroom.distillation.teacher_cache import CacheOptions, capture
+from stillroom.errors import MismatchError, RecipeError
+from stillroom.fine_tuning import fine_tune, measure
+from stillroom.training import TrainingOptions
+from tests.stillroom.rows import TOKENIZER, labelled_rows, token_rows
+from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
+
+TRAINING = TrainingOptions(
+    steps=30, batch_rows=4, learning_rate=5e-3, checkpoint_every_steps=4, evaluate_every_steps=15
+)
+OPTIONS = DistillationOptions(TRAINING, soft_weight=1.0, hard_weight=0.0, temperature=1.0)
+
+
+class Stopped(Exception):
+    pass
+
+
+def cached(folder, teacher, examples, **options):
+    chosen = CacheOptions(rows_per_shard=4, **options)
+    return capture(teacher, examples, folder, chosen, tokenizer_hash=TOKENIZER)
+
+
+def kl(teacher, student, examples):
+    with torch.no_grad():
+        p = torch.log_softmax(teacher(input_ids=examples.input_ids).logits, -1)
+        q = torch.log_softmax(student(input_ids=examples.input_ids).logits, -1)
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("kind", ["sampled", "dense"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_student_comes_closer_to_the_teacher(tmp_path, kind, temperature):
+    # Every row once, so that a student cannot learn the draws by heart.
+    teacher, examples = tiny_llama(layers=3), token_rows(240)
+    cache = cached(tmp_path, teacher, examples, kind=kind, temperature=temperature)
+    student, fresh = initialise_student(teacher, (0,)), token_rows(10, seed=1)
+    before = kl(teacher, student, fresh)
+    training = replace(TRAINING, batch_rows=8, learning_rate=3e-3)
+    options = replace(OPTIONS, temperature=temperature, training=training)
+    history = distill(student, examples, cache, options, evaluation=fresh)
+    assert kl(teacher, student, fresh) < 0.9 * before
+    assert list(history.figures) == ["kl_nats"]
+    assert history.evaluation_steps == [15, 30]
+    assert set(history.evaluations) == {"held_out_cross_entropy_nats", "held_out_accuracy"}
+
+
+def test_gradient_from_drawn_targets_is_unbiased(tmp_path):
+    teacher, examples = tiny_llama(layers=3), token_rows(2, 8)
+    student = initialise_student(teacher, (0,))
+
+    def gradient(folder, **options):
+        cache = cached(folder, teacher, examples, **options)
+        gradients = []
+
+        def keep(module, inputs, output):
+            output.logits.register_hook(gradients.append)
+
+        hook = student.register_forward_hook(keep)
+        still = replace(TRAINING, steps=1, batch_rows=2, learning_rate=1e-30, weight_decay=0.0)
+        distill(student, examples, cache, replace(OPTIONS, training=still))
+        hook.remove()
+        return gradients[0].double()
+
+    dense = gradient(tmp_path, kind="dense")
+    draws = torch.stack([gradient(tmp_path, seed=seed) for seed in range(100)])
+    # Along random directions, where sums of many rare draws are close to normal.
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(dense.numel(), 30, generator=generator, dtype=torch.float64)
+    along = draws.flatten(1) @ directions  # (draws, directions)
+    error = along.std(0) / 10
+    assert ((along.mean(0) - dense.flatten() @ directions).abs() <= 5 * error).all()
+    one = (draws[0] - dense).norm()
+    assert (draws.mean(0) - dense).norm() < 0.2 * one
+    assert (gradient(tmp_path, kind="top_k", head=12) - dense).norm() > 0.5 * one
+
+
+def test_both_losses_are_named(tmp_path):
+    teacher, examples = tiny_llama(), token_rows(4)
+    cache = cached(tmp_path, teacher, examples)
+    options = replace(OPTIONS, hard_weight=0.5, training=replace(TRAINING, steps=2))
+    history = distill(initialise_student(teacher, (0,)), examples, cache, options)
+    for loss, soft, hard in zip(
+        history.loss,
+        history.figures["kl_nats"],
+        history.figures["cross_entropy_nats"],
+        strict=True,
+    ):
+        assert loss == pytest.approx(soft + 0.5 * hard, rel=1e-5)
+
+
+def test_without_a_cache_it_is_plain_cross_entropy():
+    teacher, examples = tiny_llama(), token_rows(4)
+    one, other = (initialise_student(teacher, (1,)) for _ in range(2))
+    options = replace(OPTIONS, training=replace(TRAINING, steps=3))
+    history = distill(one, examples, None, options)
+    assert history.loss == fine_tune(other, examples, options.training).loss
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_classifier_learns_from_cached_logits(tmp_path):
+    teacher, examples = tiny_bert_classifier(layers=3), labelled_rows(12)
+    fine_tune(teacher, examples, replace(TRAINING, steps=40))
+    assert measure(teacher, examples, 5)["held_out_accuracy"] == 1
+    cache = cached(tmp_path, teacher, examples)
+    student = tiny_bert_classifier(seed=7)
+    before = kl(teacher, student, examples)
+    distill(student, examples, cache, replace(OPTIONS, hard_weight=0.5))
+    assert kl(teacher, student, examples) < 0.2 * before
+
+
+def test_distillation_resumes_to_the_same_bytes(tmp_path):
+    teacher, examples = tiny_llama(), token_rows(6)
+    cache = cached(tmp_path / "cache", teacher, examples)
+    options = replace(OPTIONS, training=replace(TRAINING, steps=10))
+    whole = initialise_student(teacher, (0,))
+    distill(whole, examples, cache, options)
+
+    def stop(done, total, unit, note=""):
+        if done == 6:
+            raise Stopped
+
+    checkpoints = FolderCheckpoints(tmp_path / "pieces")
+    with pytest.raises(Stopped):
+        distill(
+            initialise_student(teacher, (0,)),
+            examples,
+            cache,
+            options,
+            checkpoints=checkpoints,
+            progress=stop,
+        )
+    resumed = initialise_student(teacher, (0,))
+    with pytest.raises(MismatchError, match="fingerprint"):
+        distill(
+            resumed, examples, cache, replace(options, hard_weight=1.0), checkpoints=checkpoints
+        )
+    distill(resumed, examples, cache, options, checkpoints=checkpoints)
+    pairs = zip(whole.parameters(), resumed.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path):
+    teacher, examples = tiny_llama(), token_rows(4)
+    cache = cached(tmp_path, teacher, examples)
+    student = initialise_student(teacher, (0,))
+    with pytest.raises(MismatchError, match="temperature"):
+        distill(student, examples, cache, replace(OPTIONS, temperature=3.0))
+    with pytest.raises(MismatchError, match="64 words or labels, the student 70"):
+        distill(tiny_llama(vocab=70), examples, cache, OPTIONS)
+    with pytest.raises(RecipeError, match="both 0"):
+        distill(student, examples, cache, replace(OPTIONS, soft_weight=0.0))
+
+
+def test_measure_weighs_labels_and_not_batches():
+    examples = token_rows(5, padding=6)
+    one, other = (measure(tiny_llama(), examples, size) for size in (1, 3))
+    assert one == pytest.approx(other, rel=1e-5)
+    with torch.no_grad():
+        logits = tiny_llama()(
+            input_ids=examples.input_ids, attention_mask=examples.attention_mask
+        ).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), examples.labels[:, 1:].flatten()
+    )
+    assert one["held_out_cross_entropy_nats"] == pytest.approx(expected.item(), rel=1e-5)

@@ -1,0 +1,247 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from stillroom.checkpoint import FolderCheckpoints
+from stillroom.distillation.losses import DenseTargets
+from stillroom.distillation.teacher_cache import CacheOptions, TeacherCache, capture
+from stillroom.errors import (
+    CorruptedError,
+    DataError,
+    MismatchError,
+    NotFiniteError,
+    RecipeError,
+    SourceError,
+)
+from tests.stillroom.rows import TOKENIZER, labelled_rows, token_rows
+from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
+
+VOCAB = 64
+TEACHER = tiny_llama()
+OPTIONS = CacheOptions(rows_per_shard=2, batch_rows=2)
+
+
+class Stopped(Exception):
+    pass
+
+
+def captured(folder, options=OPTIONS, examples=None, **further):
+    return capture(
+        TEACHER,
+        token_rows(5, padding=3) if examples is None else examples,
+        folder,
+        options,
+        tokenizer_hash=TOKENIZER,
+        fingerprint="tiny",
+        **further,
+    )
+
+
+def dense(targets):
+    full = torch.zeros(*targets.ids.shape[:2], VOCAB)
+    return full.scatter_add_(2, targets.ids, targets.probabilities)
+
+
+def teacher_distribution(examples, temperature=1.0):
+    with torch.no_grad():
+        logits = TEACHER(
+            input_ids=examples.input_ids, attention_mask=examples.attention_mask
+        ).logits
+    return torch.softmax(logits / temperature, -1)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("head", [0, 4])
+def test_mean_over_draws_is_the_teachers_distribution(tmp_path, head):
+    examples = token_rows(1, 6)
+    options = replace(OPTIONS, head=head, draws=8, temperature=1.5)
+    seeds = 300
+    total = torch.zeros(1, 6, VOCAB)
+    for seed in range(seeds):
+        cache = captured(tmp_path, replace(options, seed=seed), examples)
+        total += dense(cache.targets(torch.arange(1)))
+    expected = teacher_distribution(examples, 1.5)
+    tail = 1 - expected.topk(head).values.sum(-1, keepdim=True)
+    # Independent draws of a word of probability p vary by m p (1 - p / m) / M, these no more.
+    error = (tail * expected / options.draws / seeds).sqrt()
+    assert ((total / seeds - expected).abs() <= 5 * error).all()
+    best = expected >= expected.topk(4).values[..., -1:]
+    if head:  # only its rounding to float16 is left
+        assert ((total / seeds - expected).abs()[best] <= 1e-3 * expected[best]).all()
+
+
+def test_top_k_is_biased_and_sampling_is_not(tmp_path):
+    examples = token_rows(6, 12)
+    expected = teacher_distribution(examples)
+    rows = torch.arange(6)
+    top = captured(tmp_path / "a", replace(OPTIONS, kind="top_k", head=12), examples)
+    drawn = captured(tmp_path / "b", examples=examples)
+    # Mass given to the words that the teacher likes least: none at all, or as much as it gave.
+    rare = expected < expected.topk(12).values[..., -1:]
+    mass = expected[rare].sum()
+    assert dense(top.targets(rows))[rare].sum() == 0
+    assert dense(drawn.targets(rows))[rare].sum() == pytest.approx(mass.item(), rel=0.15)
+    torch.testing.assert_close(
+        top.targets(rows).probabilities.sum(-1), torch.ones(6, 12), rtol=2e-3, atol=0
+    )
+
+
+def test_targets_are_read_by_row_and_padding_is_empty(tmp_path):
+    examples = token_rows(5, padding=3)
+    cache = captured(tmp_path)
+    whole = cache.targets(torch.arange(5))
+    part = cache.targets(torch.tensor([4, 1, 1]))
+    assert torch.equal(part.ids, whole.ids[[4, 1, 1]])
+    assert torch.equal(part.probabilities, whole.probabilities[[4, 1, 1]])
+    padding = examples.attention_mask == 0
+    assert padding.any()
+    assert (whole.probabilities[padding] == 0).all()
+    assert (whole.entropy[padding] == 0).all()
+    sums = whole.probabilities.sum(-1)[~padding]
+    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=3e-3, atol=0)
+    p = teacher_distribution(examples)
+    entropy = torch.special.entr(p).sum(-1)
+    torch.testing.assert_close(whole.entropy[~padding], entropy[~padding])
+
+
+def test_default_costs_at_most_forty_bytes_a_token(tmp_path):
+    cache = captured(tmp_path, CacheOptions(), token_rows(16, 120))
+    assert 38 <= cache.bytes_per_token <= 40
+
+
+def test_dense_cache_holds_the_logits(tmp_path):
+    examples = token_rows(5)
+    cache = captured(tmp_path, replace(OPTIONS, kind="dense"), examples)
+    targets = cache.targets(torch.tensor([3, 0]))
+    assert isinstance(targets, DenseTargets)
+    expected = teacher_distribution(examples)[[3, 0]]
+    torch.testing.assert_close(torch.softmax(targets.logits, -1), expected)
+
+
+def test_classifier_keeps_its_logits(tmp_path):
+    teacher, examples = tiny_bert_classifier(), labelled_rows(5)
+    cache = capture(teacher, examples, tmp_path, OPTIONS, tokenizer_hash=TOKENIZER)
+    with torch.no_grad():
+        expected = teacher(input_ids=examples.input_ids).logits
+    torch.testing.assert_close(cache.targets(torch.arange(5)).logits, expected)
+
+
+def test_rerun_and_resume_give_the_same_bytes(tmp_path):
+    captured(tmp_path / "whole")
+    captured(tmp_path / "again")
+    assert files(tmp_path / "whole") == files(tmp_path / "again")
+    checkpoints = FolderCheckpoints(tmp_path / "pieces")
+
+    def stop(done, total, unit, note=""):
+        if done == 4:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        captured(tmp_path / "killed", checkpoints=checkpoints, progress=stop)
+    assert checkpoints.names() == ["shard-00000", "shard-00001"]
+    with pytest.raises(SourceError, match="no teacher cache"):
+        TeacherCache.open(tmp_path / "killed")
+    asked = []
+    teacher = tiny_llama()
+    teacher.register_forward_pre_hook(
+        lambda module, args, kwargs: asked.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    capture(
+        teacher,
+        token_rows(5, padding=3),
+        tmp_path / "resumed",
+        OPTIONS,
+        tokenizer_hash=TOKENIZER,
+        fingerprint="tiny",
+        checkpoints=checkpoints,
+    )
+    assert (
+        sum(asked) == 2
+    )  # the row that tells the vocabulary's size, and the last shard's only row
+    assert files(tmp_path / "resumed") == files(tmp_path / "whole")
+
+
+def test_draws_differ_by_seed_and_not_by_neighbours(tmp_path):
+    examples = token_rows(4)
+    one = captured(tmp_path / "a", examples=examples).targets(torch.arange(4))
+    other = captured(tmp_path / "b", replace(OPTIONS, seed=1), examples).targets(torch.arange(4))
+    assert not torch.equal(one.ids, other.ids)
+    torch.testing.assert_close(one.entropy, other.entropy)
+    alone = captured(tmp_path / "c", examples=examples.take(slice(2, 4))).targets(torch.arange(2))
+    assert torch.equal(alone.ids, one.ids[2:])
+
+
+def test_checkpoint_of_another_capture_is_refused(tmp_path):
+    checkpoints = FolderCheckpoints(tmp_path / "pieces")
+    captured(tmp_path / "a", checkpoints=checkpoints)
+    with pytest.raises(MismatchError, match=r"temperature was 1\.0 and is 2\.0"):
+        captured(tmp_path / "b", replace(OPTIONS, temperature=2.0), checkpoints=checkpoints)
+    with pytest.raises(MismatchError, match="rows was"):
+        captured(tmp_path / "b", examples=token_rows(5, seed=1), checkpoints=checkpoints)
+
+
+def test_reader_refuses_what_the_cache_is_not_for(tmp_path):
+    examples = token_rows(5)
+    cache = captured(tmp_path, examples=examples)
+    cache.check(examples, 1.0)
+    with pytest.raises(MismatchError, match="another tokenizer"):
+        cache.check(replace(examples, tokenizer_hash="b" * 64), 1.0)
+    with pytest.raises(MismatchError, match=r"sequence length: .* 12, 10 came"):
+        cache.check(token_rows(5, 10), 1.0)
+    with pytest.raises(MismatchError, match=r"another temperature: .* 1\.0, 2\.0 came"):
+        cache.check(examples, 2.0)
+    with pytest.raises(MismatchError, match="number of rows"):
+        cache.check(examples.take(slice(0, 4)), 1.0)
+    with pytest.raises(MismatchError, match="row 0 holds other tokens"):
+        cache.check(examples.take(torch.tensor([1, 0, 2, 3, 4])), 1.0)
+
+
+def test_capture_refuses_bad_input(tmp_path):
+    examples = token_rows(5)
+    with pytest.raises(MismatchError, match="tokenizer"):
+        capture(tiny_llama(), examples, tmp_path, OPTIONS, tokenizer_hash="b" * 64)
+    with pytest.raises(DataError, match="at least one row"):
+        captured(tmp_path, examples=examples.take(slice(0, 0)))
+    broken = tiny_llama()
+    broken.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(NotFiniteError, match="NaN or infinite"):
+        capture(broken, examples, tmp_path, OPTIONS, tokenizer_hash=TOKENIZER)
+    with pytest.raises(RecipeError, match="temperature must be above 0"):
+        CacheOptions(temperature=0)
+    with pytest.raises(RecipeError, match="draws >= 1"):
+        CacheOptions(draws=0)
+
+
+def test_damaged_cache_is_refused(tmp_path):
+    captured(tmp_path)
+    shard = tmp_path / "shard-00001.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CorruptedError, match=r"shard-00001\.safetensors"):
+        TeacherCache.open(tmp_path)
+    shard.write_bytes(content[:-1])
+    with pytest.raises(CorruptedError, match=r"shard-00001\.safetensors"):
+        TeacherCache.open(tmp_path)
+    shard.unlink()
+    with pytest.raises(CorruptedError, match="missing"):
+        TeacherCache.open(tmp_path)
+
+
+def test_layout_is_the_documented_one(tmp_path):
+    captured(tmp_path)
+    content = (tmp_path / "shard-00000.safetensors").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header.pop("__metadata__", None)
+    assert {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()} == {
+        "head_ids": ("U16", [2, 12, 4]),
+        "head_probabilities": ("F16", [2, 12, 4]),
+        "tail_ids": ("U16", [2, 12, 8]),
+        "tail_mass": ("F16", [2, 12]),
+        "entropy": ("F32", [2, 12]),
+    }

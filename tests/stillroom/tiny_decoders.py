@@ -1,0 +1,43 @@
+"""Further decoders, small and seeded, that are built unlike a Llama."""
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    """Return a GPT-2, whose linears are Conv1D, with 4 layers."""
+    config = GPT2Config(
+        vocab_size=64,
+        n_embd=32,
+        n_layer=4,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(config).eval()
+
+
+def tiny_qwen2() -> Qwen2ForCausalLM:
+    """Return a model of 4 layers whose config lists a kind of attention for each."""
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Qwen2ForCausalLM(config).eval()
