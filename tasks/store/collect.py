@@ -1,0 +1,185 @@
+"""Decide what a store no longer needs, and remove it.
+
+Spared is what is registered, leased, or younger than a given age, and every blob that a spared
+artifact needs. A blob whose manifest is not written yet is young, or its writer holds a lease.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal
+
+from stillroom.errors import CorruptedError
+from tasks.store.backend import Entry
+from tasks.store.lease import read_leases
+from tasks.store.partial import partial_keys
+from tasks.store.record import Record, blob_name
+from tasks.store.store import ArtifactStore
+
+Reason = Literal["registered", "leased", "recent", "needed by a kept artifact", "work goes on"]
+
+
+@dataclass(frozen=True)
+class Spared:
+    """How many things of one sort are kept, and why."""
+
+    what: Literal["artifacts", "blobs", "partials"]
+    reason: Reason
+    count: int
+
+
+@dataclass(frozen=True)
+class CollectionPlan:
+    """What would be removed. Nothing has been."""
+
+    artifacts: tuple[Record, ...] = ()
+    blobs: tuple[Entry, ...] = ()
+    partials: tuple[tuple[str, int], ...] = ()
+    """Key and bytes of unfinished work that nobody went on with."""
+    drafts: tuple[Entry, ...] = ()
+    """What interrupted writes left."""
+    leases: tuple[str, ...] = ()
+    """Leases that expired."""
+    spared: tuple[Spared, ...] = ()
+
+    @property
+    def bytes_freed(self) -> int:
+        """The bytes that removing all of it would free, manifests aside."""
+        entries = (*self.blobs, *self.drafts)
+        return sum(entry.size for entry in entries) + sum(size for _, size in self.partials)
+
+
+class _Tally:
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, str], Spared] = {}
+
+    def spare(self, what: Literal["artifacts", "blobs", "partials"], reason: Reason) -> None:
+        former = self.counts.get((what, reason))
+        count = former.count + 1 if former else 1
+        self.counts[what, reason] = Spared(what, reason, count)
+
+
+def plan_collection(
+    store: ArtifactStore,
+    registered: Callable[[], set[str]],
+    min_age: timedelta,
+    now: datetime,
+) -> CollectionPlan:
+    """Return what may be removed from `store`.
+
+    Args:
+        store: where to look.
+        registered: returns the keys of the artifacts that registered models come from.
+        min_age: what was written less long ago than this is spared.
+        now: the present moment, with its time zone.
+
+    Raises:
+        ServiceUnreachableError: `registered` could not ask; nothing is planned then.
+        CorruptedError: a manifest cannot be read, so that its blobs are not known.
+    """
+    registered_keys = registered()
+    notes = read_leases(store.backend)
+    live = {name: note for name, note in notes.items() if note.expires > now}
+    leased = {key for note in live.values() for key in note.keys}
+    youngest = now - min_age
+    tally = _Tally()
+    doomed: list[Record] = []
+    needed: set[str] = set()
+    for entry, record in _manifests(store):
+        reason = _reason(record.key, entry.modified > youngest, registered_keys, leased)
+        if reason is None:
+            doomed.append(record)
+        else:
+            tally.spare("artifacts", reason)
+            needed |= _blobs_of([record])
+    return CollectionPlan(
+        artifacts=tuple(doomed),
+        blobs=_loose_blobs(store, needed, youngest, bool(live), tally),
+        partials=_stale_partials(store, leased, youngest, tally),
+        drafts=tuple(entry for entry in store.backend.drafts() if entry.modified <= youngest),
+        leases=tuple(sorted(set(notes) - set(live))),
+        spared=tuple(tally.counts.values()),
+    )
+
+
+def collect(store: ArtifactStore, plan: CollectionPlan, now: datetime) -> int:
+    """Remove what is in `plan`, but for what came into use since, and return the bytes freed."""
+    backend = store.backend
+    live = [note for note in read_leases(backend).values() if note.expires > now]
+    leased = {key for note in live for key in note.keys}
+    for record in plan.artifacts:
+        if record.key not in leased:
+            store.forget(record)
+    freed = 0
+    # Whoever began to work since may count on a blob that no manifest names yet.
+    if not live:
+        needed = _blobs_of(record for _, record in _manifests(store))
+        for entry in plan.blobs:
+            if entry.name not in needed:
+                backend.delete(entry.name)
+                freed += entry.size
+    for key, size in plan.partials:
+        if key not in leased:
+            store.discard_checkpoints(key)
+            freed += size
+    for entry in plan.drafts:
+        backend.delete_draft(entry.name)
+        freed += entry.size
+    for name in plan.leases:
+        backend.delete(name)
+    return freed
+
+
+def _reason(key: str, recent: bool, registered: set[str], leased: set[str]) -> Reason | None:
+    if key in registered:
+        return "registered"
+    if key in leased:
+        return "leased"
+    return "recent" if recent else None
+
+
+def _loose_blobs(
+    store: ArtifactStore, needed: set[str], youngest: datetime, working: bool, tally: _Tally
+) -> tuple[Entry, ...]:
+    loose = []
+    for entry in store.backend.list("blobs/"):
+        if entry.name in needed:
+            tally.spare("blobs", "needed by a kept artifact")
+        elif entry.modified > youngest:
+            tally.spare("blobs", "recent")
+        elif working:
+            # A writer skips a blob that is there already, and names it in its manifest later.
+            tally.spare("blobs", "work goes on")
+        else:
+            loose.append(entry)
+    return tuple(loose)
+
+
+def _stale_partials(
+    store: ArtifactStore, leased: set[str], youngest: datetime, tally: _Tally
+) -> tuple[tuple[str, int], ...]:
+    stale = []
+    for key in list(partial_keys(store.backend)):
+        entries = list(store.backend.list(f"partial/{key}/"))
+        if key in leased:
+            tally.spare("partials", "leased")
+        elif any(entry.modified > youngest for entry in entries):
+            tally.spare("partials", "recent")
+        else:
+            stale.append((key, sum(entry.size for entry in entries)))
+    return tuple(stale)
+
+
+def _manifests(store: ArtifactStore) -> Iterable[tuple[Entry, Record]]:
+    for entry in store.backend.list("artifacts/"):
+        kind, _, file = entry.name.removeprefix("artifacts/").partition("/")
+        try:
+            record = store.find(kind, file.removesuffix(".json"))
+        except CorruptedError as error:
+            raise CorruptedError(f"nothing can be collected: {error}") from error
+        if record is not None:
+            yield entry, record
+
+
+def _blobs_of(records: Iterable[Record]) -> set[str]:
+    return {blob_name(file.sha256) for record in records for file in record.files}
