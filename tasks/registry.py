@@ -7,16 +7,15 @@ the one that others get.
 import shutil
 import tempfile
 import time
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from stillroom.contents import BaseReference, Contents, Kind, Task, list_files
 from stillroom.errors import MismatchError, ServiceUnreachableError, SourceError
 from stillroom.pull import fetch, find, reaching
+from tasks.model_lock import model_lock
 from tasks.tracking import TAG_KEY, TAG_KIND, connect
 
 TAG_BASE_KEY = "stillroom.base_key"
@@ -27,10 +26,6 @@ TAG_LICENCE = "stillroom.licence"
 TAG_TASK = "stillroom.task"
 
 READY_SECONDS = 600
-LOCK_SUFFIX = ".lock"
-LOCK_OWNER = "stillroom.lock_owner"
-LOCK_EXPIRES_AFTER_SECONDS = 300.0
-LOCK_WAIT_SECONDS = 330.0
 VERSIONS_AT_ONCE = 1000
 
 
@@ -89,6 +84,18 @@ def register_adapter(client: Any, candidate: Candidate, base: Registered) -> Reg
     return _register(client, candidate, "adapter", reference)
 
 
+def find_registered(client: Any, name: str, artifact_key: str) -> Registered | None:
+    """Return the version of `name` that holds an artifact, or None."""
+    with reaching(client.tracking_uri):
+        versions = client.search_model_versions(
+            f"name = '{name}' and tag.`{TAG_KEY}` = '{artifact_key}'"
+        )
+    for version in versions:
+        if version.status == "READY":
+            return Registered(name, str(version.version), artifact_key, created=False)
+    return None
+
+
 def tag_gates(client: Any, registered: Registered, failed: list[str]) -> None:
     """Write on a version whether its gates passed, and which failed."""
     verdict = {TAG_GATES: "failed" if failed else "passed"}
@@ -136,27 +143,6 @@ def move_alias(
             )
         with reaching(client.tracking_uri):
             client.set_registered_model_alias(registered.name, alias, registered.version)
-
-
-@contextmanager
-def model_lock(
-    client: Any, name: str, *, wait_seconds: float = LOCK_WAIT_SECONDS
-) -> Iterator[None]:
-    """Hold the lock of a registered model; it works wherever the registry is reached.
-
-    The lock is a registered model NAME.lock without versions: the registry's database lets only
-    one of many create it. One that a killed process left behind is taken down after five minutes,
-    far longer than any holder needs.
-
-    Raises:
-        ServiceUnreachableError: someone else held it all the time.
-    """
-    owner = uuid.uuid4().hex
-    _acquire(client, f"{name}{LOCK_SUFFIX}", owner, time.monotonic() + wait_seconds)
-    try:
-        yield
-    finally:
-        _release(client, f"{name}{LOCK_SUFFIX}", owner)
 
 
 def registered_keys(client: Any) -> set[str]:
@@ -226,7 +212,7 @@ def _here() -> Any:
 def _register(
     client: Any, candidate: Candidate, kind: Kind, base: BaseReference | None
 ) -> Registered:
-    found = _registered_before(client, candidate)
+    found = find_registered(client, candidate.name, candidate.artifact_key)
     if found is not None:
         return found
     files = list_files(candidate.folder)
@@ -240,7 +226,7 @@ def _register(
         logged = _upload(client, candidate, contents)
         # Two flows may have uploaded the same at once: the first to get here is kept.
         with model_lock(client, candidate.name):
-            found = _registered_before(client, candidate)
+            found = find_registered(client, candidate.name, candidate.artifact_key)
             if found is not None:
                 client.delete_logged_model(logged.model_id)
                 return found
@@ -253,19 +239,6 @@ def _register(
                 await_creation_for=READY_SECONDS,
             )
     return Registered(candidate.name, str(version.version), candidate.artifact_key, created=True)
-
-
-def _registered_before(client: Any, candidate: Candidate) -> Registered | None:
-    with reaching(client.tracking_uri):
-        versions = client.search_model_versions(
-            f"name = '{candidate.name}' and tag.`{TAG_KEY}` = '{candidate.artifact_key}'"
-        )
-    for version in versions:
-        if version.status == "READY":
-            return Registered(
-                candidate.name, str(version.version), candidate.artifact_key, created=False
-            )
-    return None
 
 
 def _ensure_model(client: Any, name: str) -> None:
@@ -340,49 +313,3 @@ def _listed(client: Any, registered: Registered, scratch: Path) -> Contents:
             tracking_uri=client.tracking_uri,
         )
     return read_contents(Path(file))
-
-
-def _acquire(client: Any, lock: str, owner: str, deadline: float) -> None:
-    from mlflow.exceptions import MlflowException
-
-    pause = 0.05
-    while True:
-        try:
-            with reaching(client.tracking_uri):
-                client.create_registered_model(lock, tags={LOCK_OWNER: owner})
-                return
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        held = _lock(client, lock)
-        if held is not None:
-            age = time.time() - cast(int, held.creation_timestamp) / 1000
-            if age > LOCK_EXPIRES_AFTER_SECONDS:
-                _release(client, lock, held.tags.get(LOCK_OWNER, ""))
-                continue
-        if time.monotonic() > deadline:
-            raise ServiceUnreachableError(
-                f"another run is publishing to {lock.removesuffix(LOCK_SUFFIX)} and did not "
-                f"finish; run again, or delete the registered model {lock} if no run is at work"
-            )
-        time.sleep(pause)
-        pause = min(2 * pause, 2.0)
-
-
-def _release(client: Any, lock: str, owner: str) -> None:
-    with reaching(client.tracking_uri):
-        held = _lock(client, lock)
-        if held is not None and held.tags.get(LOCK_OWNER, "") == owner:
-            client.delete_registered_model(lock)
-
-
-def _lock(client: Any, lock: str) -> Any:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        with reaching(client.tracking_uri):
-            return client.get_registered_model(lock)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None

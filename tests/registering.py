@@ -11,8 +11,12 @@ import torch
 
 from stillroom.adapters.lora import LoraOptions, add_lora, load_adapter, save_adapter
 from stillroom.models import load_model, save_model
+from stillroom.quantization.export import save_quantized
+from stillroom.quantization.options import QuantizationOptions
+from stillroom.quantization.sequential import quantize_model
 from tasks.registry import Candidate, Registered, register_adapter, register_base
 from tasks.tracking import ParentRun, begin_parent_run, connect, ensure_experiment
+from tests.stillroom.rows import token_rows
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama, tiny_tokenizer
 
 TEXTS = ["hello there", "Abc", "some more text."]
@@ -64,6 +68,13 @@ def llama_folder(root: Path, seed: int = 0) -> Path:
     return folder
 
 
+def quantized_folder(root: Path) -> Path:
+    model = tiny_llama()
+    result = quantize_model(model, token_rows(), QuantizationOptions(4, 16))
+    save_quantized(model, tiny_tokenizer(), result, root / "quantized")
+    return root / "quantized"
+
+
 def classifier_folder(root: Path) -> Path:
     folder = root / "classifier"
     tokenizer = tiny_tokenizer()
@@ -82,9 +93,9 @@ def adapter_folder(root: Path, base: Path) -> Path:
     return root / "adapter"
 
 
-def register_pair(place: Place) -> tuple[Registered, Registered]:
+def register_pair(place: Place, folder: Path | None = None) -> tuple[Registered, Registered]:
     """Return a registered base and an adapter on it."""
-    folder = llama_folder(place.root)
+    folder = folder or llama_folder(place.root)
     base = register_base(place.client, place.candidate("tiny", folder, "a" * 64))
     candidate = place.candidate("tiny-law", adapter_folder(place.root, folder), "b" * 64)
     return base, register_adapter(place.client, candidate, base)
@@ -98,6 +109,6 @@ def logits(model: Any) -> torch.Tensor:
     return result
 
 
-def adapted_logits(root: Path) -> torch.Tensor:
+def adapted_logits(root: Path, base: Path | None = None) -> torch.Tensor:
     """Return what base and adapter say together, from the folders they were registered from."""
-    return logits(load_adapter(load_model(llama_folder(root)), root / "adapter"))
+    return logits(load_adapter(load_model(base or llama_folder(root)), root / "adapter"))

@@ -26,6 +26,7 @@ from tests.registering import (
     llama_folder,
     logits,
     new_place,
+    quantized_folder,
     register_pair,
 )
 
@@ -101,6 +102,18 @@ def test_merged_is_one_model_that_says_what_the_adapter_says(place: Place, goal:
     assert AutoTokenizer.from_pretrained(goal)("ab")["input_ids"]
 
 
+def test_adapter_on_a_quantized_base_merges_into_a_dense_model(place: Place, goal: Path) -> None:
+    base = quantized_folder(place.root)
+    _, adapter = register_pair(place, base)
+
+    pull(adapter.uri, goal, merged=True, tracking_uri=place.uri)
+
+    assert "quantization_config" not in json.loads((goal / "config.json").read_text())
+    merged = AutoModelForCausalLM.from_pretrained(goal)
+    expected = adapted_logits(place.root, base)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("which", "file"), [("tiny", "model.safetensors"), ("tiny-law", "adapter_model.safetensors")]
 )
@@ -127,7 +140,7 @@ def test_a_file_too_few_or_too_many_is_found(place: Place, goal: Path, what: str
         file.unlink()
     else:
         file.with_name("modeling_evil.py").write_text("")
-    with pytest.raises(CorruptedError, match="is missing|was never registered"):
+    with pytest.raises(CorruptedError, match=r"is missing|was never registered"):
         pull("models:/tiny/1", goal, tracking_uri=place.uri)
     assert nothing_left(goal)
 

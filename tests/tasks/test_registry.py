@@ -11,16 +11,17 @@ import pytest
 import torch
 from mlflow.exceptions import MlflowException
 
+import tasks.model_lock
 import tasks.registry
 from stillroom.adapters.lora import load_adapter
 from stillroom.errors import MismatchError, ServiceUnreachableError, SourceError
 from stillroom.models import load_model
+from tasks.model_lock import model_lock
 from tasks.registry import (
     Registered,
     champion,
     download_version,
     find_version,
-    model_lock,
     move_alias,
     register_adapter,
     register_base,
@@ -34,6 +35,7 @@ from tests.registering import (
     classifier_folder,
     llama_folder,
     new_place,
+    quantized_folder,
     register_pair,
 )
 from tests.stillroom.tiny import tiny_tokenizer
@@ -73,13 +75,15 @@ def files_of(version: Any) -> Path:
     return Path(version.source.removeprefix("file://"))
 
 
-def ask_elsewhere(uri: str, reference: str, cwd: Path) -> tuple[list[str], dict[str, list[Any]]]:
+def ask_elsewhere(
+    uri: str, reference: str, cwd: Path, access: dict[str, str] | None = None
+) -> tuple[list[str], dict[str, list[Any]]]:
     """Load and ask a registered version where this repository cannot be imported."""
     done = subprocess.run(
         # -I: no working directory, no PYTHONPATH.
         [sys.executable, "-I", "-c", ASK, uri, reference, json.dumps(TEXTS)],
         cwd=cwd,
-        env={"OMP_NUM_THREADS": "1", "HOME": str(cwd), "PATH": "", "HF_HUB_OFFLINE": "1"},
+        env={"OMP_NUM_THREADS": "1", "HOME": str(cwd), "HF_HUB_OFFLINE": "1", **(access or {})},
         capture_output=True,
         text=True,
         timeout=120,
@@ -130,6 +134,16 @@ def test_registered_adapter_brings_its_base(place: Place) -> None:
     plain = load_model(llama_folder(place.root))
     assert answer == {"generated": [greedy(model, text, 6) for text in TEXTS]}
     assert answer != {"generated": [greedy(plain, text, 6) for text in TEXTS]}
+
+
+def test_registered_adapter_on_a_quantized_base(place: Place) -> None:
+    folder = quantized_folder(place.root)
+    _, adapter = register_pair(place, folder)
+
+    _, answer = ask_elsewhere(place.uri, adapter.uri, place.root)
+
+    model = load_adapter(load_model(folder, weights="packed"), place.root / "adapter")
+    assert answer == {"generated": [greedy(model, text, 6) for text in TEXTS]}
 
 
 def test_registered_classifier_labels(place: Place) -> None:
@@ -219,7 +233,7 @@ def test_alias_moves_from_the_champion_it_was_compared_with_only(place: Place) -
     assert now == Registered("tiny", "1", "a" * 64, created=False)
 
     move_alias(place.client, second, "champion", now)
-    with pytest.raises(MismatchError, match="compared with version 1.*is version 2 by now"):
+    with pytest.raises(MismatchError, match=r"compared with version 1.*is version 2 by now"):
         move_alias(place.client, third, "champion", now)
     # What a rerun does.
     move_alias(place.client, second, "champion", now)
@@ -267,7 +281,7 @@ def test_lock_of_a_killed_process_is_taken_down(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place.client.create_registered_model("tiny.lock", tags={"stillroom.lock_owner": "dead"})
-    monkeypatch.setattr(tasks.registry, "LOCK_EXPIRES_AFTER_SECONDS", 0.2)
+    monkeypatch.setattr(tasks.model_lock, "EXPIRES_AFTER_SECONDS", 0.2)
     with model_lock(place.client, "tiny", wait_seconds=5):
         held = place.client.get_registered_model("tiny.lock")
         assert held.tags["stillroom.lock_owner"] != "dead"
