@@ -99,7 +99,7 @@ def unpack_zeros(qzeros: Tensor, bits: int, checkpoint_format: CheckpointFormat)
     if checkpoint_format == "gptq_v2":
         return unpack_rows(qzeros.T, bits).T
     if WORD % bits:
-        return (unpack_rows(qzeros.T, bits).T + 1) & (2**bits - 1)
+        return (unpack_rows(qzeros.T, bits).T + 1).bitwise_and_(2**bits - 1)
     # gptqmodel turns version 2 into 1 on whole words: a zero point of 0 borrows from the next
     # value. Adding on whole words gives it back, and without a 0 it is the same.
     ones = pack_rows(torch.ones(WORD // bits, 1, dtype=torch.uint8), bits).item()
