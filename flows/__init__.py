@@ -1,0 +1,1 @@
+"""The order of things: flows, the road they walk, and the command line."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.errors import StillroomError
+from tasks.store.commands import add_store_commands, run_store_command
 
 ACTIONABLE, REFUSED = 2, 1
 
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        code: int = options.run(options)
+        code: int = options.run(options) if "run" in options else _store(options)
     except StillroomError as error:
         print(f"error: {error}", file=sys.stderr)
         return ACTIONABLE
@@ -34,7 +35,11 @@ def _parser() -> argparse.ArgumentParser:
     compress = commands.add_parser("compress", help="make what a recipe says")
     compress.add_argument("recipe", type=Path, help="a YAML file, such as those in deployments/")
     compress.add_argument(
-        "--set", action="append", default=[], dest="changes", metavar="a.b=c",
+        "--set",
+        action="append",
+        default=[],
+        dest="changes",
+        metavar="a.b=c",
         help="change one value of the recipe; may be given again",
     )
     compress.add_argument(
@@ -45,8 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     schema = commands.add_parser("schema", help="print what a recipe may say, as JSON schema")
     schema.set_defaults(run=_schema)
 
-    store = commands.add_parser("store", help="look after the artifact store")
-    _add_store_commands(store)
+    add_store_commands(commands)
 
     up = commands.add_parser("up", help="start Prefect, MLflow and a worker on loopback")
     up.set_defaults(run=_up)
@@ -80,7 +84,7 @@ def _run(recipe: Any) -> int:
     os.environ.update(settings.environment())
     from flows.compress import compress
 
-    state = compress(recipe, return_state=True)
+    state: Any = compress(recipe, return_state=True)
     if state.is_failed() and state.name != "Refused":
         raise StillroomError(state.message)
     outcome = state.result(raise_on_failure=False)
@@ -96,6 +100,21 @@ def _account(outcome: Any, settings: Any) -> list[str]:
     if not settings.services():
         lines.append("both UIs on what this made: `make up` (Prefect on 4200, MLflow on 5000)")
     return lines
+
+
+def _store(options: argparse.Namespace) -> int:
+    from tasks.settings import Settings
+    from tasks.store.store import open_store
+
+    settings = Settings()
+
+    def registered() -> set[str]:
+        from tasks.registry import registered_keys
+        from tasks.tracking import connect
+
+        return registered_keys(connect(settings.tracking_uri))
+
+    return run_store_command(options, open_store(settings.store_url), registered)
 
 
 def _schema(options: argparse.Namespace) -> int:

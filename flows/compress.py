@@ -1,6 +1,7 @@
 """Make a small model from a large one: the main flow, read from top to bottom."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
@@ -8,7 +9,7 @@ from prefect.states import Completed, Failed
 
 from flows.orders import Orders
 from flows.plan import resolve_source
-from flows.road import BASE_TEXT, Made, walk
+from flows.road import BASE_TEXT, Made, Measured, walk
 from stillroom.config import Recipe
 from stillroom.errors import StageError, StillroomError
 from tasks.hardware import threads_here
@@ -17,7 +18,7 @@ from tasks.judge import Candidate, judge_candidate
 from tasks.outcome import Outcome
 from tasks.publish import current_champion, register_models
 from tasks.registry import Registered
-from tasks.report import Shown, write_report
+from tasks.report import Role, Shown, write_report
 from tasks.run_stage import run_stage
 from tasks.stages import Order
 from tasks.store.record import Record
@@ -83,10 +84,13 @@ class Runner:
         Raises:
             StageError: it could not be made; the message says why.
         """
-        state = run_stage(order, artifacts, self.threads, self.journal, return_state=True)
+        state: State[Any] = run_stage(
+            order, artifacts, self.threads, self.journal, return_state=True
+        )
         if state.is_failed():
             raise StageError(f"{order.title}: {state.message}")
-        record: Record = state.result()
+        record = state.result()
+        assert isinstance(record, Record)
         return record
 
 
@@ -96,12 +100,16 @@ def _candidate(made: Made[Record], champion: Record | None) -> Candidate:
 
 
 def _shown(made: Made[Record]) -> list[Shown]:
-    roles = {False: "model", True: "control"}
+    def role(row: Measured[Record]) -> Role:
+        if row.text != BASE_TEXT:
+            return "adapter"
+        return "control" if row.control else "model"
+
     return [
         Shown(
             label=row.label,
             text=row.text,
-            role="adapter" if row.text != BASE_TEXT else roles[row.control],
+            role=role(row),
             model=row.model,
             evaluation=row.evaluation,
             adapter=row.adapter,

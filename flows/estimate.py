@@ -91,22 +91,32 @@ def estimate(order: Order, recipe: Recipe, teacher: Shape | None) -> Estimate:
         case "prepare_data":
             need = _need(0, 0, 0)
         case "cache_teacher":
-            need = _need(PASSES["forward"] * train * teacher.parameters, teacher.parameters,
-                         rows * teacher.vocabulary)
+            need = _need(
+                PASSES["forward"] * train * teacher.parameters,
+                teacher.parameters,
+                rows * teacher.vocabulary,
+            )
         case "tune_teacher" | "distill_student":
             model = teacher if order.stage.name == "tune_teacher" else student
             tokens = train * float(order.section["training"]["epochs"])
-            need = _need(PASSES["train"] * tokens * model.parameters, 4 * model.parameters,
-                         3 * rows * model.vocabulary)
+            need = _need(
+                PASSES["train"] * tokens * model.parameters,
+                4 * model.parameters,
+                3 * rows * model.vocabulary,
+            )
         case "quantize_model":
             tokens = data.calibration_rows * data.sequence_length
             passes = 3 * PASSES["forward"] * tokens * student.block_parameters * student.layers
-            need = _need(passes + _solving(student), 2 * student.parameters,
-                         2 * tokens * student.hidden)
+            need = _need(
+                passes + _solving(student), 2 * student.parameters, 2 * tokens * student.hidden
+            )
         case "train_adapter":
             tokens = train * float(order.section["training"]["epochs"])
-            need = _need(PASSES["train_adapter"] * tokens * student.parameters, student.parameters,
-                         3 * rows * student.vocabulary)
+            need = _need(
+                PASSES["train_adapter"] * tokens * student.parameters,
+                student.parameters,
+                3 * rows * student.vocabulary,
+            )
         case _:
             both = teacher.parameters + student.parameters
             need = _need(PASSES["forward"] * measured * both, both, 2 * rows * teacher.vocabulary)
@@ -142,8 +152,10 @@ def _config(source: str | Path) -> dict[str, Any]:
     if isinstance(source, str) and source.startswith("builtin:"):
         return builtin_model(source.removeprefix("builtin:")).config
     if isinstance(source, str) and place_of(source) != "local":
-        raise SourceError(f"the config of {source} is not at hand; give a snapshot of its "
-                          "config.json as teacher.config")
+        raise SourceError(
+            f"the config of {source} is not at hand; give a snapshot of its "
+            "config.json as teacher.config"
+        )
     path = Path(source).expanduser()
     file = path / "config.json" if path.is_dir() else path
     try:

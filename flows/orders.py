@@ -3,7 +3,16 @@
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from stillroom.config import Adapter, Data, Distillation, Model, Quantization, Recipe, Text, Training
+from stillroom.config import (
+    Adapter,
+    Data,
+    Distillation,
+    Model,
+    Quantization,
+    Recipe,
+    Text,
+    Training,
+)
 from tasks.hardware import hardware_name, threads_here
 from tasks.sources import Source
 from tasks.stages import (
@@ -19,7 +28,6 @@ from tasks.stages import (
     Order,
     Stage,
     as_json,
-    make_order,
 )
 
 A = TypeVar("A", bound=Artifact)
@@ -42,86 +50,67 @@ class Orders(Generic[A]):
 
     def import_model(self) -> A:
         """Order the teacher's checkpoint."""
-        model = self.recipe.teacher
-        section = as_json(model, *PLACE, "config", "fine_tune") | {"task": self.recipe.task}
-        return self._order(
-            IMPORT_MODEL, "import teacher", section, sources={"source": self.resolve(model)}
-        )
+        return self._import("import teacher", self.recipe.teacher)
 
     def import_champion(self, uri: str) -> A:
         """Order the checkpoint of the version that is registered now."""
-        model = Model(source=uri, dtype=self.recipe.teacher.dtype)
-        section = as_json(model, *PLACE, "config", "fine_tune") | {"task": self.recipe.task}
-        return self._order(
-            IMPORT_MODEL, "import champion", section, sources={"source": self.resolve(model)}
-        )
+        champion = Model(source=uri, dtype=self.recipe.teacher.dtype)
+        return self._import("import champion", champion)
 
     def prepare_data(self, title: str, data: Data, teacher: A) -> A:
         """Order rows of tokens for training, evaluation and calibration."""
         texts = {"train": data.train} | ({"evaluation": data.evaluation} if data.evaluation else {})
-        section = as_json(data, *texts) | {"task": self.recipe.task}
-        section |= {role: as_json(text, *PLACE) for role, text in texts.items()}
+        section = as_json(data, *texts) | {role: as_json(t, *PLACE) for role, t in texts.items()}
         sources = {role: self.resolve(text) for role, text in texts.items()}
-        return self._order(PREPARE_DATA, title, section, sources=sources, teacher=teacher)
+        return self._order(PREPARE_DATA, title, section, {"teacher": teacher}, sources=sources)
 
     def tune_teacher(self, training: Training, teacher: A, data: A) -> A:
         """Order a teacher that has learned the task's labels."""
-        section = {"training": as_json(training, *RHYTHM), "task": self.recipe.task}
-        return self._order(
-            TUNE_TEACHER, "tune teacher", section, rhythm(training), teacher=teacher, data=data
-        )
+        section = {"training": as_json(training, *RHYTHM)}
+        inputs = {"teacher": teacher, "data": data}
+        return self._order(TUNE_TEACHER, "tune teacher", section, inputs, rhythm(training))
 
     def cache_teacher(self, distillation: Distillation, teacher: A, data: A) -> A:
         """Order the teacher's outputs on the training rows."""
-        section = as_json(distillation.cache) | {
-            "temperature": distillation.temperature,
-            "task": self.recipe.task,
-        }
-        return self._order(
-            CACHE_TEACHER, "cache teacher", section, teacher=teacher, data=data
-        )
+        section = as_json(distillation.cache) | {"temperature": distillation.temperature}
+        inputs = {"teacher": teacher, "data": data}
+        return self._order(CACHE_TEACHER, "cache teacher", section, inputs)
 
     def distill_student(
         self, title: str, distillation: Distillation, teacher: A, data: A, cache: A | None
     ) -> A:
         """Order a student; without `cache`, one that learns from the text alone."""
-        section = as_json(distillation, "cache", "training") | {
-            "training": as_json(distillation.training, *RHYTHM),
-            "task": self.recipe.task,
-        }
-        artifacts = {"teacher": teacher, "data": data} | ({"cache": cache} if cache else {})
-        return self._order(
-            DISTILL_STUDENT, title, section, rhythm(distillation.training), **artifacts
-        )
+        section = as_json(distillation, "cache", "training")
+        section["training"] = as_json(distillation.training, *RHYTHM)
+        inputs = {"teacher": teacher, "data": data} | ({"cache": cache} if cache else {})
+        return self._order(DISTILL_STUDENT, title, section, inputs, rhythm(distillation.training))
 
     def quantize_model(self, title: str, quantization: Quantization, base: A, data: A) -> A:
         """Order the base with its weights in few bits."""
-        section = as_json(quantization) | {"task": self.recipe.task}
-        return self._order(QUANTIZE_MODEL, title, section, base=base, data=data)
+        inputs = {"base": base, "data": data}
+        return self._order(QUANTIZE_MODEL, title, as_json(quantization), inputs)
 
     def train_adapter(self, adapter: Adapter, base: A, data: A) -> A:
         """Order an adapter on the frozen base."""
-        section = as_json(adapter, "data", "training") | {
-            "training": as_json(adapter.training, *RHYTHM),
-            "task": self.recipe.task,
-        }
-        title = f"train adapter {adapter.name}"
-        return self._order(
-            TRAIN_ADAPTER, title, section, rhythm(adapter.training), base=base, data=data
-        )
+        section = as_json(adapter, "data", "training")
+        section["training"] = as_json(adapter.training, *RHYTHM)
+        title, inputs = f"train adapter {adapter.name}", {"base": base, "data": data}
+        return self._order(TRAIN_ADAPTER, title, section, inputs, rhythm(adapter.training))
 
     def evaluate_model(
         self, title: str, teacher: A, model: A, data: A, adapter: A | None = None
     ) -> A:
         """Order the figures of one model on one held-out text."""
         threads = self.recipe.execution.threads or threads_here()
-        section = as_json(self.recipe.evaluation) | {
-            "task": self.recipe.task,
-            "hardware": hardware_name(threads),
-        }
-        artifacts = {"teacher": teacher, "model": model, "data": data}
+        section = as_json(self.recipe.evaluation) | {"hardware": hardware_name(threads)}
+        inputs = {"teacher": teacher, "model": model, "data": data}
+        inputs |= {"adapter": adapter} if adapter else {}
+        return self._order(EVALUATE_MODEL, title, section, inputs)
+
+    def _import(self, title: str, model: Model) -> A:
+        section = as_json(model, *PLACE, "config", "fine_tune")
         return self._order(
-            EVALUATE_MODEL, title, section, **artifacts, **({"adapter": adapter} if adapter else {})
+            IMPORT_MODEL, title, section, {}, sources={"source": self.resolve(model)}
         )
 
     def _order(
@@ -129,14 +118,21 @@ class Orders(Generic[A]):
         stage: Stage,
         title: str,
         section: dict[str, Any],
+        inputs: dict[str, A],
         unkeyed: dict[str, Any] | None = None,
+        *,
         sources: dict[str, Source] | None = None,
-        **artifacts: A,
     ) -> A:
-        order = make_order(
-            stage, title, section, self.recipe.seed, dict(artifacts), sources or {}, unkeyed or {}
+        order = Order(
+            title=title,
+            stage=stage,
+            section=section | {"task": self.recipe.task},
+            unkeyed=unkeyed or {},
+            seed=self.recipe.seed,
+            sources=sources or {},
+            inputs={role: artifact.key for role, artifact in inputs.items()},
         )
-        return self.do(order, dict(artifacts))
+        return self.do(order, inputs)
 
 
 def rhythm(training: Training) -> dict[str, Any]:

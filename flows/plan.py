@@ -1,4 +1,4 @@
-"""What a recipe would do, without doing it: stages, keys, what is there already, time and memory."""
+"""What a recipe would do, without doing it: stages, keys, what is there, time and memory."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -64,8 +64,12 @@ def walk(recipe: Recipe, orders: Orders[A]) -> Made[A]:
         models[name] = final
 
     measured = [
-        Measured(label, BASE_TEXT, model,
-                 orders.evaluate_model(f"evaluate {label}", teacher, model, data))
+        Measured(
+            label,
+            BASE_TEXT,
+            model,
+            orders.evaluate_model(f"evaluate {label}", teacher, model, data),
+        )
         for label, model in models.items()
     ]
     measured += _controls(recipe, orders, teacher, before_quantization, data)
@@ -89,9 +93,7 @@ def _adapters(
     return adapters, rows
 
 
-def _controls(
-    recipe: Recipe, orders: Orders[A], teacher: A, base: A, data: A
-) -> list[Measured[A]]:
+def _controls(recipe: Recipe, orders: Orders[A], teacher: A, base: A, data: A) -> list[Measured[A]]:
     """Order what is made only to judge the result."""
     made: dict[str, A] = {}
     if "cross_entropy" in recipe.controls and recipe.distillation:
@@ -103,7 +105,12 @@ def _controls(
         label = "rounded to nearest"
         made[label] = orders.quantize_model(f"quantize, {label}", rounded, base, data)
     return [
-        Measured(label, BASE_TEXT, model,
-                 orders.evaluate_model(f"evaluate {label}", teacher, model, data), control=True)
+        Measured(
+            label,
+            BASE_TEXT,
+            model,
+            orders.evaluate_model(f"evaluate {label}", teacher, model, data),
+            control=True,
+        )
         for label, model in made.items()
     ]

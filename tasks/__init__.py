@@ -1,0 +1,1 @@
+"""Adapters to the world: stages as Prefect tasks, the artifact store, MLflow, servers."""

@@ -114,7 +114,9 @@ def error_from(file: Path) -> StillroomError:
     """Return the error that a child left in error.json."""
     answer = json.loads(file.read_text())
     kind = getattr(stillroom.errors, answer["type"], StillroomError)
-    return kind(answer["message"])  # type: ignore[no-any-return]
+    error = kind(answer["message"])
+    assert isinstance(error, StillroomError)
+    return error
 
 
 def explain(error: Exception, title: str) -> StillroomError | None:
@@ -125,8 +127,8 @@ def explain(error: Exception, title: str) -> StillroomError | None:
     # safetensors and torch report what the operating system refused in words only.
     if getattr(error, "errno", None) == errno.ENOSPC or "StorageFull" in text:
         return StoreError(
-            f"{title}: the disk is full; free some space (`python -m flows store gc` shows what can "
-            "go) and run again: what is finished is kept"
+            f"{title}: the disk is full; free some space (`python -m flows store gc --dry-run` "
+            "shows what can go) and run again: what is finished is kept"
         )
     if getattr(error, "errno", None) in (errno.EROFS, errno.EACCES, errno.EPERM):
         return StoreError(f"{title}: {text}; give STILLROOM_HOME a folder that can be written")

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stillroom.errors import CorruptedError
-from stillroom.evaluation.figures import Cost, ReloadCheck
 from stillroom.evaluation.estimates import Quality
+from stillroom.evaluation.figures import Cost, ReloadCheck
 from tasks.store.record import Record
 from tasks.store.store import ArtifactStore
 

@@ -83,8 +83,11 @@ class Journal:
         seconds = record.metrics.get("seconds")
         self.lineage.append(LineageEntry(order.title, record.key, seconds, cached))
         curves = () if cached else read_curves(self.store, record)
-        points = [(step, {curve.name: value}) for curve in curves
-                  for step, value in zip(curve.steps, curve.values, strict=True)]
+        points = [
+            (step, {curve.name: value})
+            for curve in curves
+            for step, value in zip(curve.steps, curve.values, strict=True)
+        ]
         stage = StageRecord(
             name=order.title,
             key=record.key,
@@ -98,8 +101,9 @@ class Journal:
 
     def log_failure(self, order: Order, error: StillroomError) -> None:
         """Write down a stage that failed."""
-        stage = StageRecord(order.title, order.key, order.kind, False, "FAILED",
-                            {"error": str(error)})
+        stage = StageRecord(
+            order.title, order.key, order.kind, False, "FAILED", {"error": str(error)}
+        )
         log_stage(self.client, self.parent, stage)
 
     def log_file(self, path: Path) -> None:

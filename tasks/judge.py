@@ -6,8 +6,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from stillroom.config import Gates
-from stillroom.evaluation.gates import GateBounds, GateFigures, GateResult, check_gates
 from stillroom.evaluation.figures import ReloadCheck
+from stillroom.evaluation.gates import GateBounds, GateFigures, GateResult, check_gates
 from tasks.figures import Figures, read_figures, read_layers, read_reload
 from tasks.journal import Journal
 from tasks.store.record import Record
@@ -26,7 +26,7 @@ class Candidate:
     """Evaluations on the same text; no champion: nothing is registered yet."""
 
 
-@task(name="check gates", cache_policy=NO_CACHE, persist_result=False)
+@task(name="check gates", task_run_name="check gates", cache_policy=NO_CACHE, persist_result=False)
 def judge_candidate(candidate: Candidate, bounds: Gates, journal: Journal) -> list[GateResult]:
     """Return what became of every gate.
 
@@ -42,14 +42,14 @@ def judge_candidate(candidate: Candidate, bounds: Gates, journal: Journal) -> li
 def _figures(candidate: Candidate, figures: Figures, journal: Journal) -> GateFigures:
     store = journal.store
     layers = read_layers(store, candidate.model)
-    champion = candidate.champion and read_figures(store, candidate.champion).quality
+    champion = candidate.champion
     # A model that was only imported was exported by nobody: its logits are what was measured.
     untouched = candidate.model.section.get("trust_remote_code") is not None
     reload = ReloadCheck(0.0, 1.0) if untouched else read_reload(candidate.model)
     return GateFigures(
         candidate=figures.quality,
         teacher=read_figures(store, candidate.teacher).quality,
-        champion=champion,
+        champion=read_figures(store, champion).quality if champion else None,
         cost=figures.cost,
         fallback_modules=tuple(layer["name"] for layer in layers if layer["fell_back"]),
         reload=reload,

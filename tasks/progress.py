@@ -23,7 +23,7 @@ class ShownProgress:
         self.logger = logger
         self.started = time.monotonic()
         self.artifact: UUID | None = None
-        self.bar: "tqdm[Any] | None" = None
+        self.bar: tqdm[Any] | None = None
         self.unit = ""
         self.sent = self.logged = self.started
 
@@ -58,8 +58,14 @@ class ShownProgress:
             if self.bar is not None:
                 self.bar.close()
             # What a resumed stage finds done is no work of this run: it must not count as speed.
-            self.bar = tqdm(total=total, initial=max(done - 1, 0), unit=unit, desc=self.title,
-                            leave=False, dynamic_ncols=True)
+            self.bar = tqdm(
+                total=total,
+                initial=max(done - 1, 0),
+                unit=unit,
+                desc=self.title,
+                leave=False,
+                dynamic_ncols=True,
+            )
             self.unit = unit
         self.bar.set_postfix_str(note, refresh=False)
         self.bar.update(done - self.bar.n)
@@ -72,6 +78,8 @@ class ShownProgress:
 
     def _send(self, percent: float) -> None:
         if self.artifact is None:
-            self.artifact = create_progress_artifact(progress=percent, description=self.title)
+            created = create_progress_artifact(progress=percent, description=self.title)
+            assert isinstance(created, UUID)  # a coroutine only where it is called from one
+            self.artifact = created
         else:
             update_progress_artifact(self.artifact, progress=percent)

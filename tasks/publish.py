@@ -8,6 +8,7 @@ from prefect.cache_policies import NO_CACHE
 
 from stillroom.config import Recipe
 from stillroom.evaluation.gates import GateResult
+from stillroom.models import Task
 from tasks.journal import Journal
 from tasks.registry import (
     Candidate,
@@ -22,7 +23,7 @@ from tasks.registry import (
 from tasks.store.record import Record
 
 
-@task(name="register", cache_policy=NO_CACHE, persist_result=False)
+@task(name="register", task_run_name="register", cache_policy=NO_CACHE, persist_result=False)
 def register_models(
     recipe: Recipe,
     base: Record,
@@ -65,7 +66,7 @@ def current_champion(recipe: Recipe, journal: Journal) -> Registered | None:
 
 
 def _register(
-    name: str, record: Record, task_name: str, base: Registered | None, journal: Journal
+    name: str, record: Record, task_name: Task, base: Registered | None, journal: Journal
 ) -> Registered:
     found = find_registered(journal.client, name, record.key)
     if found is not None:

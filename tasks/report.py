@@ -1,4 +1,4 @@
-"""Write the report: the page in the store and in MLflow, the table in the terminal and in Prefect."""
+"""Write the report: a page for MLflow, a table for the terminal and for Prefect."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +37,9 @@ class Shown:
     adapter: Record | None = None
 
 
-@task(name="write report", cache_policy=NO_CACHE, persist_result=False)
+@task(
+    name="write report", task_run_name="write report", cache_policy=NO_CACHE, persist_result=False
+)
 def write_report(
     recipe: Recipe,
     shown: Sequence[Shown],
@@ -126,8 +128,11 @@ def _verdicts(shown: Sequence[Shown], figures: dict[str, Figures]) -> list[Verdi
     for row in shown:
         mine = quality[row.label, row.text]
         if row.role == "control":
-            rivals = [model for model in models if model.model.kind == row.model.kind
-                      and _same_road(model.model, row.model)]
+            rivals = [
+                model
+                for model in models
+                if model.model.kind == row.model.kind and _same_road(model.model, row.model)
+            ]
             for rival in rivals:
                 claim = f"{rival.label} beats {row.label}"
                 verdicts.append(judge(claim, quality[rival.label, rival.text], mine))
@@ -151,8 +156,9 @@ def _curves(made: Sequence[Shown], journal: Journal) -> list[Curve]:
         record = row.adapter or row.model
         if record.key not in seen:
             seen.add(record.key)
-            curves += [replace(curve, stage=row.label)
-                       for curve in read_curves(journal.store, record)]
+            curves += [
+                replace(curve, stage=row.label) for curve in read_curves(journal.store, record)
+            ]
     return curves
 
 
@@ -176,15 +182,13 @@ def _summary(recipe: Recipe, gates: list[GateResult], versions: list[Registered]
 
 def _render(data: ReportData, target: Path) -> None:
     """Write the page and its data, unless the same page is there already."""
-    text = data.to_json()
     beside = target.with_suffix(".json")
-    if beside.exists() and beside.read_text() == text and target.exists():
+    if target.exists() and beside.exists() and beside.read_text() == data.to_json():
         return
     from stillroom.evaluation.report import render_report
 
     target.parent.mkdir(parents=True, exist_ok=True)
     render_report(data, target)
-    beside.write_text(text)
 
 
 def _summary_figures(data: ReportData) -> dict[str, float]:

@@ -98,8 +98,10 @@ def _scratch(root: Path) -> Iterator[Path]:
         folder = root / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         folder.mkdir()
     except OSError as error:
-        raise StoreError(f"no work folder can be made in {root}: {error.strerror}; set "
-                         "STILLROOM_HOME or STILLROOM_SCRATCH to a folder that can be written") from error
+        raise StoreError(
+            f"no work folder can be made in {root}: {error.strerror}; set "
+            "STILLROOM_HOME or STILLROOM_SCRATCH to a folder that can be written"
+        ) from error
     try:
         yield folder
     finally:

@@ -44,9 +44,7 @@ def run_stage(
     return Completed(message=f"made {order.kind} {order.key[:12]}", data=record)
 
 
-def _make(
-    order: Order, records: Mapping[str, Record], threads: int, settings: Settings
-) -> Record:
+def _make(order: Order, records: Mapping[str, Record], threads: int, settings: Settings) -> Record:
     request = Request(
         order=order, records=dict(records), store_url=settings.store_url, threads=threads
     )

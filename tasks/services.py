@@ -1,5 +1,6 @@
 """The servers of one machine: a Prefect server, an MLflow server and a worker, on loopback."""
 
+import contextlib
 import json
 import os
 import signal
@@ -50,12 +51,34 @@ def start_services(settings: Settings, say: Callable[[str], None]) -> dict[str, 
         file.write_text(json.dumps(listed))
 
     try:
-        start("prefect", "-m", "prefect", "server", "start", "--host", HOST,
-              "--port", str(prefect_port))
-        start("mlflow", "-m", "mlflow", "server", "--host", HOST, "--port", str(mlflow_port),
-              "--backend-store-uri", f"sqlite:///{settings.root / 'mlflow.db'}",
-              "--default-artifact-root", settings.artifact_location, "--no-serve-artifacts",
-              "--workers", "1")
+        start(
+            "prefect",
+            "-m",
+            "prefect",
+            "server",
+            "start",
+            "--host",
+            HOST,
+            "--port",
+            str(prefect_port),
+        )
+        start(
+            "mlflow",
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            HOST,
+            "--port",
+            str(mlflow_port),
+            "--backend-store-uri",
+            f"sqlite:///{settings.root / 'mlflow.db'}",
+            "--default-artifact-root",
+            settings.artifact_location,
+            "--no-serve-artifacts",
+            "--workers",
+            "1",
+        )
         say("waiting for the Prefect server (its first start takes about 40 s)")
         _await(f"{prefect}/api/health", pids["prefect"], logs / "prefect.log")
         _await(f"{mlflow}/health", pids["mlflow"], logs / "mlflow.log")
@@ -128,17 +151,17 @@ def _command(command: list[str], environment: dict[str, str]) -> None:
         command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise StillroomError(f"{' '.join(command[3:])} failed: {(done.stdout + done.stderr)[-800:]}")
+        raise StillroomError(
+            f"{' '.join(command[3:])} failed: {(done.stdout + done.stderr)[-800:]}"
+        )
 
 
 def _await(url: str, pid: int, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        try:
+        with contextlib.suppress(httpx.TransportError):  # not up yet: asked until the deadline
             if httpx.get(url, timeout=5).is_success:
                 return
-        except httpx.TransportError:
-            pass  # not up yet: asked again until the deadline
         if not _is_ours(pid):
             break
         time.sleep(0.5)
@@ -155,10 +178,8 @@ def _await_end(pid: int) -> None:
 
 def _is_ours(pid: int) -> bool:
     """Return whether `pid` is still a server of ours, not a later process of that number."""
-    try:
+    with contextlib.suppress(ChildProcessError):  # started by an earlier command: no child of ours
         os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        pass  # started by an earlier command: not our child
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

@@ -72,6 +72,8 @@ class Settings(BaseSettings):
     def environment(self) -> dict[str, str]:
         """Return the variables under which Prefect and MLflow stay at home, and say nothing."""
         server = self.services().get("prefect")
+        # Prefect's own server does not make the folder that its database is to lie in.
+        (self.root / "prefect").mkdir(parents=True, exist_ok=True)
         here = {"PREFECT_HOME": str(self.root / "prefect"), **QUIET_SERVICES}
         if server:
             here["PREFECT_API_URL"] = server

@@ -32,7 +32,6 @@ DISTILL_STUDENT = Stage("distill_student", "model", 1)
 QUANTIZE_MODEL = Stage("quantize_model", "model", 1)
 TRAIN_ADAPTER = Stage("train_adapter", "adapter", 1)
 EVALUATE_MODEL = Stage("evaluate_model", "evaluation", 1)
-WRITE_REPORT = Stage("write_report", "report", 1)
 
 STAGES = (
     IMPORT_MODEL,
@@ -43,7 +42,6 @@ STAGES = (
     QUANTIZE_MODEL,
     TRAIN_ADAPTER,
     EVALUATE_MODEL,
-    WRITE_REPORT,
 )
 
 
@@ -75,7 +73,6 @@ class Order(BaseModel):
     seed: int
     sources: dict[str, Source] = {}
     inputs: dict[str, str] = {}
-    input_kinds: dict[str, str] = {}
 
     @property
     def kind(self) -> str:
@@ -93,28 +90,6 @@ class Order(BaseModel):
             self.seed,
             {**identities, **self.inputs},
         )
-
-
-def make_order(
-    stage: Stage,
-    title: str,
-    section: dict[str, Any],
-    seed: int,
-    artifacts: dict[str, Artifact],
-    sources: dict[str, Source],
-    unkeyed: dict[str, Any],
-) -> Order:
-    """Return the order for one stage."""
-    return Order(
-        title=title,
-        stage=stage,
-        section=section,
-        unkeyed=unkeyed,
-        seed=seed,
-        sources=sources,
-        inputs={role: artifact.key for role, artifact in artifacts.items()},
-        input_kinds={role: artifact.kind for role, artifact in artifacts.items()},
-    )
 
 
 def as_json(section: Section, *without: str) -> dict[str, Any]:

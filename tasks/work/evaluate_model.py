@@ -1,5 +1,7 @@
 """Measure a model, perhaps wearing an adapter, on held-out text."""
 
+from typing import Any
+
 from stillroom.adapters.lora import load_adapter
 from stillroom.data.prepare import load_prepared
 from stillroom.evaluation.cost import Workload, folder_size_bytes, measure_cost
@@ -13,7 +15,7 @@ def work(bench: Bench) -> Result:
     section, inputs = bench.section, bench.inputs
     folders = [inputs["model"], *([inputs["adapter"]] if "adapter" in inputs else [])]
     data = load_prepared(inputs["data"])
-    model = load_model(inputs["model"], task=bench.task)
+    model: Any = load_model(inputs["model"], task=bench.task)
     if "adapter" in inputs:
         model = load_adapter(model, inputs["adapter"])
     itself = len(folders) == 1 and bench.order.inputs["model"] == bench.order.inputs["teacher"]
@@ -28,7 +30,10 @@ def work(bench: Bench) -> Result:
     )
     workload = Workload(section["prefill_tokens"], section["decode_tokens"], section["repeats"])
     cost = measure_cost(
-        model, folder_size_bytes(*folders), task=bench.task, workload=workload,
+        model,
+        folder_size_bytes(*folders),
+        task=bench.task,
+        workload=workload,
         progress=bench.progress,
     )
     (bench.output / "quality.json").write_text(quality.to_json())

@@ -30,9 +30,7 @@ def save_trained(
     """Write the model and its curves, and check that it loads as what it was saved as."""
     save_model(model, tokenizer, bench.output)
     write_history(history, bench.output)
-    reload = measure_reload(
-        model, load_model(bench.output, task=bench.task), data.evaluation
-    )
+    reload = measure_reload(model, load_model(bench.output, task=bench.task), data.evaluation)
     metrics = reload_metrics(reload) | history_metrics(history)
     return Result(licence=licence, metrics=metrics)
 

@@ -25,4 +25,6 @@ def work(bench: Bench) -> Result:
         fingerprint=bench.order.key,
         progress=bench.progress,
     )
-    return save_trained(bench, model, load_tokenizer(folder), data, history, bench.licence("teacher"))
+    return save_trained(
+        bench, model, load_tokenizer(folder), data, history, bench.licence("teacher")
+    )

@@ -62,6 +62,8 @@ class Recipe(Section):
         if "round_to_nearest" in self.controls and self.quantization is None:
             raise ValueError("controls: round_to_nearest needs a quantization section")
         if self.teacher.fine_tune and self.task == "causal_lm":
-            raise ValueError("teacher.fine_tune trains a classifier: task must be "
-                             "sequence_classification, causal_lm came")
+            raise ValueError(
+                "teacher.fine_tune trains a classifier: task must be "
+                "sequence_classification, causal_lm came"
+            )
         return self

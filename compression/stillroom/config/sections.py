@@ -126,7 +126,7 @@ class Cache(Section):
     """What is kept of the teacher's outputs."""
 
     kind: Literal["sampled", "top_k", "dense"] = "sampled"
-    """sampled: exact head and drawn tail, unbiased; top_k: biased; dense: everything, for audits."""
+    """sampled: exact head and drawn tail, unbiased; top_k: biased; dense: everything, to audit."""
     head: Annotated[int, Field(ge=0, le=256)] = 4
     """Most likely tokens kept exactly at each position (with top_k: all that is kept)."""
     draws: Annotated[int, Field(ge=0, le=255)] = 8
@@ -205,7 +205,7 @@ class Adapter(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the update's inputs dropped in training."""
     target_modules: tuple[str, ...] | None = None
-    """Last parts of the names of the layers that are adapted; absent: every linear in the blocks."""
+    """Last parts of the names of the layers to adapt; absent: every linear in the blocks."""
     training: Training = Training()
     """How the loop runs."""
 
@@ -257,4 +257,4 @@ class Execution(Section):
     """On what the stages run."""
 
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Threads of one stage; absent: one a processor. Results are the same bytes only at the same."""
+    """Threads of one stage; absent: one a processor. The same number gives the same bytes."""

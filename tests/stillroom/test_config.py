@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from stillroom.config import Recipe, dump_recipe, load_recipe, sections, validate
+from stillroom.errors import RecipeError
+
+RECIPES = sorted(Path("deployments/recipes").glob("*.yaml"))
+DEMO = Path("deployments/recipes/demo.yaml")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_survives_a_round_trip(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert validate(yaml.safe_load(dump_recipe(recipe)), "again") == recipe
+
+
+def test_every_field_says_in_a_sentence_what_it_is() -> None:
+    models = [
+        value
+        for value in [*vars(sections).values(), Recipe]
+        if isinstance(value, type) and issubclass(value, BaseModel) and value is not BaseModel
+    ]
+    assert len(models) > 10
+    for model in models:
+        for name, field in model.model_fields.items():
+            assert field.description, f"{model.__name__}.{name} has no description"
+            assert field.description.rstrip().endswith("."), f"{model.__name__}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("quantization.bits=5", "quantization.bits: Input should be 2, 3, 4 or 8, 5 came"),
+        ("quantization.bit=4", "quantization.bit: unknown key"),
+        ("adapters.0.rank=0", "adapters.0.rank: Input should be greater than or equal to 1"),
+        ("quantization.group_size=0", "0 is no group; use 32, 64, 128, or -1"),
+        ("distillation.soft_weight=0", "soft_weight"),
+        ("teacher.fine_tune={}", "teacher.fine_tune trains a classifier"),
+        ("nonsense", "expected key=value"),
+        ("adapters.7.rank=1", "expected 0 to 0, 7 came"),
+        ("name.deeper=1", "name is a single value"),
+        ("seed=[", "is not YAML"),
+    ],
+)
+def test_a_bad_change_says_what_is_wrong(change: str, said: str) -> None:
+    changes = [change, "distillation.hard_weight=0"] if "soft_weight" in change else [change]
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(DEMO, changes)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_change_reaches_absent_sections_and_list_items() -> None:
+    recipe = load_recipe(DEMO, ["quantization.bits=3", "gates.max_kl_nats=2", "adapters.0.rank=4"])
+    assert recipe.quantization is not None
+    assert recipe.quantization.bits == 3
+    assert recipe.gates.max_kl_nats == 2
+    assert recipe.adapters[0].rank == 4
+
+
+def test_a_recipe_cannot_change() -> None:
+    recipe = load_recipe(DEMO)
+    with pytest.raises(ValidationError):
+        recipe.seed = 1  # type: ignore[misc]
+
+
+def test_controls_need_what_they_control() -> None:
+    with pytest.raises(RecipeError, match="round_to_nearest needs a quantization section"):
+        load_recipe(Path("deployments/recipes/distil.yaml"), ["controls=[round_to_nearest]"])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "is not there"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"[1]", "list came"),
+        (b"a: [", "is not YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe(content: bytes | None, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert said in str(caught.value)
