@@ -102,7 +102,7 @@ class Journal:
     def log_failure(self, order: Order, error: StillroomError) -> None:
         """Write down a stage that failed."""
         stage = StageRecord(
-            order.title, order.key, order.kind, False, "FAILED", {"error": str(error)}
+            order.title, order.key, order.kind, False, "FAILED", error=str(error)
         )
         log_stage(self.client, self.parent, stage)
 
