@@ -7,8 +7,8 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from stillroom.config import Recipe
+from stillroom.contents import Task
 from stillroom.evaluation.gates import GateResult
-from stillroom.models import Task
 from tasks.journal import Journal
 from tasks.registry import (
     Candidate,

@@ -7,7 +7,9 @@ from stillroom.checkpoint import Checkpoints
 from stillroom.data.examples import Examples
 from stillroom.distillation.losses import IGNORED, hard_cross_entropy, next_labels
 from stillroom.progress import Progress, silent
-from stillroom.training import Batch, Evaluate, TrainingHistory, TrainingOptions, train
+from stillroom.training.history import TrainingHistory
+from stillroom.training.loop import Batch, Evaluate, train
+from stillroom.training.options import TrainingOptions
 
 
 def fine_tune(
@@ -23,7 +25,7 @@ def fine_tune(
     """Train `model` in place on the labels of `examples` by cross-entropy.
 
     Raises:
-        what `stillroom.training.train` raises.
+        what `stillroom.training.loop.train` raises.
     """
     return train(
         model,

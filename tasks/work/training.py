@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from stillroom.data.prepare import PreparedData
 from stillroom.evaluation.reload import measure_reload
 from stillroom.models import load_model, save_model
-from stillroom.training import TrainingHistory, TrainingOptions
+from stillroom.training.history import TrainingHistory
+from stillroom.training.options import TrainingOptions
 from tasks.training_curves import write_history
 from tasks.work.bench import Bench, Result
 

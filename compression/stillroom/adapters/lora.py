@@ -19,8 +19,8 @@ from stillroom.errors import RecipeError, SourceError
 from stillroom.fine_tuning import fine_tune
 from stillroom.progress import Progress, silent
 from stillroom.quantization.linear import QuantizedLinear
-from stillroom.training import TrainingHistory, TrainingOptions
-from stillroom.training.options import derived_seed
+from stillroom.training.history import TrainingHistory
+from stillroom.training.options import TrainingOptions, derived_seed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -59,7 +59,7 @@ def train_lora(
 
     Raises:
         RecipeError: a target module is not in the model.
-        what `stillroom.training.train` raises.
+        what `stillroom.training.loop.train` raises.
     """
     adapted = add_lora(model, options, classifier=bool(examples.label_names), seed=training.seed)
     history = fine_tune(

@@ -11,7 +11,9 @@ from stillroom.distillation.losses import DenseTargets, SoftTargets, mixed_loss
 from stillroom.errors import MismatchError, RecipeError
 from stillroom.fine_tuning import aligned_labels, fine_tune, held_out, output_logits
 from stillroom.progress import Progress, silent
-from stillroom.training import Batch, TrainingHistory, TrainingOptions, train
+from stillroom.training.history import TrainingHistory
+from stillroom.training.loop import Batch, train
+from stillroom.training.options import TrainingOptions
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def distill(
         MismatchError: the cache belongs to other rows, another tokenizer, temperature or
             vocabulary; or a checkpoint to another run.
         RecipeError: both weights are 0.
-        what `stillroom.training.train` raises.
+        what `stillroom.training.loop.train` raises.
     """
     if cache is None:
         return fine_tune(

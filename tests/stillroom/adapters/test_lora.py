@@ -20,7 +20,7 @@ from stillroom.adapters.merge import merge_lora
 from stillroom.blocks import find_blocks, find_linears
 from stillroom.checkpoint import FolderCheckpoints
 from stillroom.errors import MismatchError, NotFiniteError, RecipeError, SourceError
-from stillroom.training import TrainingOptions
+from stillroom.training.options import TrainingOptions
 from tests.stillroom.adapters.quantized import quantize_blocks
 from tests.stillroom.rows import labelled_rows, token_rows
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama

@@ -9,7 +9,7 @@ from stillroom.distillation.student import initialise_student
 from stillroom.distillation.teacher_cache import CacheOptions, capture
 from stillroom.errors import MismatchError, RecipeError
 from stillroom.fine_tuning import fine_tune, measure
-from stillroom.training import TrainingOptions
+from stillroom.training.options import TrainingOptions
 from tests.stillroom.rows import TOKENIZER, labelled_rows, token_rows
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
 

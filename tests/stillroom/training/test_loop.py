@@ -9,7 +9,9 @@ from torch import nn
 from stillroom.checkpoint import FolderCheckpoints
 from stillroom.errors import DataError, MismatchError, NotFiniteError, StageError
 from stillroom.fine_tuning import cross_entropy
-from stillroom.training import TrainingHistory, TrainingOptions, train
+from stillroom.training.history import TrainingHistory
+from stillroom.training.loop import train
+from stillroom.training.options import TrainingOptions
 from tests.stillroom.rows import labelled_rows, token_rows
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
 

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillroom.errors import RecipeError
-from stillroom.training import TrainingOptions, learning_rate_at, total_steps
-from stillroom.training.options import RowOrder
+from stillroom.training.options import RowOrder, TrainingOptions, learning_rate_at, total_steps
 
 OPTIONS = TrainingOptions(learning_rate=1.0, warmup_fraction=0.2)
 
