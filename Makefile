@@ -24,8 +24,9 @@ $(STAMP): constraints.txt pyproject.toml
 	@touch $@
 
 install-gptqmodel: $(STAMP) ## Add gptqmodel, which lets transformers load GPTQ checkpoints
-	$(PIP) optimum
-	$(PIP) --no-deps gptqmodel==7.7.0
+	# It pins a newer torch than it needs: so without its dependencies, and the few it imports by hand.
+	$(PIP) optimum threadpoolctl
+	$(PIP) --no-deps gptqmodel==7.7.0 pypcre==0.6.4 tokenicer==0.0.14 logbar==0.4.15 device-smi==0.5.7 defuser==0.0.28
 
 demo: $(STAMP) ## Run the main job: teacher to registered small model, in ten minutes
 	$(BIN)/python -m flows compress deployments/recipes/demo.yaml

@@ -1,6 +1,7 @@
 """Make a small model from a large one: the main flow, read from top to bottom."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from prefect import flow
@@ -8,7 +9,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows.orders import Orders
-from flows.plan import resolve_source
+from flows.plan import planned_keys, resolve_source
 from flows.road import BASE_TEXT, Made, Measured, walk
 from stillroom.config import Recipe
 from stillroom.errors import StageError, StillroomError
@@ -46,8 +47,9 @@ def make(recipe: Recipe) -> Outcome:
     Raises:
         StillroomError: something failed for a reason that the user can act on.
     """
-    with Journal.begin(recipe) as journal:
-        orders = Orders(recipe, resolve_source, Runner(recipe, journal))
+    resolve = cache(resolve_source)
+    with Journal.begin(recipe) as journal, journal.store.lease(*planned_keys(recipe, resolve)):
+        orders = Orders(recipe, resolve, Runner(recipe, journal))
         made = walk(recipe, orders)
         champion = current_champion(recipe, journal)
         gates = judge_candidate(

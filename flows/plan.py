@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from flows.estimate import Estimate, Shape, estimate, model_shape
-from flows.orders import Orders
+from flows.orders import Orders, Resolve
 from flows.road import walk
 from stillroom.config import Model, Recipe, Text
 from stillroom.errors import SourceError, StillroomError
@@ -84,8 +85,20 @@ def plan(recipe: Recipe, store: ArtifactStore) -> list[PlannedStage]:
         line = PlannedStage(order, takes, resolved, cached, estimate(order, recipe, shape))
         return planned.setdefault(order.key, line)
 
-    walk(recipe, Orders(recipe, resolve_or_leave, take))
+    walk(recipe, Orders(recipe, cache(resolve_or_leave), take))
     return list(planned.values())
+
+
+def planned_keys(recipe: Recipe, resolve: Resolve) -> list[str]:
+    """Return the keys of all that the recipe makes or takes, in order."""
+
+    def take(order: Order, artifacts: dict[str, Order]) -> Order:
+        keys.append(order.key)
+        return order
+
+    keys: list[str] = []
+    walk(recipe, Orders(recipe, resolve, take))
+    return keys
 
 
 def print_plan(recipe: Recipe, stages: list[PlannedStage]) -> Iterator[str]:

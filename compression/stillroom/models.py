@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     weights: Weights = "dense",
 ) -> PreTrainedModel:
-    """Return the model in `folder`, in evaluation mode; without `dtype`, in the one it was saved in.
+    """Return the model in `folder`, in evaluation mode, by default in the saved dtype.
 
     A GPTQ checkpoint loads too: "packed" keeps its integers and unpacks one layer at a time,
     "dense" unpacks all of it once.
@@ -50,7 +51,7 @@ def load_model(
     config = read_config(folder)
     dtype = dtype or saved_dtype(config)
     if "quantization_config" in config:
-        from stillroom.quantization.export import load_quantized
+        from stillroom.quantization.loading import load_quantized
 
         return load_quantized(folder, task=task, dtype=dtype, weights=weights)
     return load_pretrained(folder, task=task, dtype=dtype)
@@ -155,14 +156,14 @@ def quiet() -> Iterator[None]:
     """Keep transformers from drawing bars and warning of heads that are new on purpose."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _line(error: Exception) -> str:

@@ -6,8 +6,9 @@ from safetensors.torch import load_file, save_file
 
 from stillroom.errors import CorruptedError, SourceError
 from stillroom.models import load_model
-from stillroom.quantization.export import load_quantized, save_quantized
+from stillroom.quantization.export import save_quantized
 from stillroom.quantization.linear import QuantizedLinear
+from stillroom.quantization.loading import load_quantized
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sequential import quantize_model
 from tests.stillroom.quantization.test_sequential import MODELS, logits, rows
