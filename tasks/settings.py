@@ -61,13 +61,20 @@ class Settings(BaseSettings):
         """Folder for work in progress."""
         return (self.scratch or self.root / "scratch").absolute()
 
+    @property
+    def services_file(self) -> Path:
+        """Where `make up` writes down what it started."""
+        return self.root / "services.json"
+
     def services(self) -> dict[str, str]:
-        """Return the addresses of the servers that `make up` started here and that still run."""
-        file = self.root / "services.json"
-        if not file.exists():
+        """Return the addresses of the servers that `make up` started here, if all of them run."""
+        try:
+            listed = json.loads(self.services_file.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):  # the latter: being written just now
             return {}
-        services: dict[str, str] = json.loads(file.read_text())
-        return services if _alive(int(services.get("pid", 0))) else {}
+        runs = listed["ready"] and all(is_of(pid, self.root) for pid in listed["pids"].values())
+        services: dict[str, str] = listed["services"] if runs else {}
+        return services
 
     def environment(self) -> dict[str, str]:
         """Return the variables under which Prefect and MLflow stay at home, and say nothing."""
@@ -80,5 +87,12 @@ class Settings(BaseSettings):
         return {name: value for name, value in here.items() if name not in os.environ}
 
 
-def _alive(pid: int) -> bool:
-    return pid > 0 and Path(f"/proc/{pid}").exists()
+def is_of(pid: int, home: Path) -> bool:
+    """Return whether a process runs for this home; not so a later one that got its number."""
+    import psutil
+
+    try:
+        environment: dict[str, str] = psutil.Process(pid).environ()
+    except psutil.Error:  # gone, ended and not yet collected, or someone else's
+        return False
+    return environment.get("STILLROOM_HOME") == str(home)
