@@ -19,6 +19,7 @@ from tasks.stages import STAGES, Stage
 ROOT = Path(__file__).parents[1]
 RECORDED = Path(__file__).with_suffix(".json")
 FOLDERS = {"stillroom": ROOT / "compression", "tasks": ROOT}
+DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef
 # What these hold reaches no artifact: errors, how work is started, watched, kept and tracked.
 WITHOUT_EFFECT = (
     "stillroom.errors",
@@ -128,8 +129,7 @@ def _imports(file: Path) -> list[str]:
 def _meaning(file: Path) -> str:
     tree = ast.parse(file.read_text())
     for node in ast.walk(tree):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-        if documented and ast.get_docstring(node):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node):
             node.body = node.body[1:]
     return ast.dump(tree)
 
