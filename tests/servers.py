@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -150,3 +151,45 @@ def _stop(pid_file: Path) -> None:
             os.kill(pid, 0)
             time.sleep(0.1)
         os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def prefect_server(root: Path) -> Iterator[str]:
+    """Run a Prefect server that keeps its database in `root`, and lend its API's address."""
+    port = free_port()
+    environment = {name: os.environ[name] for name in os.environ if not name.startswith("PREFECT_")}
+    environment |= {
+        "PREFECT_HOME": str(root),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+    }
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
+    with running([*command, "--port", str(port)], root / "server.log", environment):
+        api = f"http://127.0.0.1:{port}/api"
+        _await(f"{api}/health")
+        yield api
+
+
+@contextlib.contextmanager
+def running(
+    command: list[str], log: Path, environment: dict[str, str] | None = None
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run a server of our own, and end it whatever happens."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,108 @@
+"""A Prefect server, a tiny teacher and its text, and a home in which the whole road was walked."""
+
+import copy
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.flows.terminal import Terminal, assert_done, move_in
+from tests.servers import prefect_server
+
+WORDS = (
+    "the cat sat on a mat and saw old blue hills far away from home while rain fell softly over "
+    "green fields where nobody had walked since winter came down upon them all"
+).split()
+# Many small portions of work: a kill lands in the middle of them.
+RECIPE: dict[str, Any] = {
+    "name": "tiny",
+    "teacher": {"source": "teacher"},
+    "data": {
+        "train": {"source": "text.jsonl"},
+        "sequence_length": 32,
+        "max_train_tokens": 8192,
+        "max_evaluation_tokens": 512,
+        "calibration_rows": 64,
+    },
+    "distillation": {
+        "student": {"layers": 6},
+        "cache": {"rows_per_shard": 2},
+        "training": {"batch_rows": 2, "checkpoint_every_steps": 4, "learning_rate": 0.001},
+    },
+    "quantization": {"bits": 4, "group_size": 32},
+    "evaluation": {"prefill_tokens": 8, "decode_tokens": 2, "repeats": 2},
+    "publish": {"name": "tiny"},
+    "execution": {"threads": 1},
+}
+
+
+@pytest.fixture
+def recipe() -> dict[str, Any]:
+    """The whole road in small, to be changed at will."""
+    return copy.deepcopy(RECIPE)
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher and a text."""
+    from stillroom.models import save_model
+    from tests.stillroom.tiny import tiny_llama, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("parts")
+    save_model(tiny_llama(seed=1, layers=8, hidden=64), tiny_tokenizer(), folder / "teacher")
+    chance = random.Random(0)
+    texts = [" ".join(chance.choices(WORDS, k=40)) + "." for _ in range(70)]
+    lines = (json.dumps({"text": text}) + "\n" for text in texts)
+    (folder / "text.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with prefect_server(tmp_path_factory.mktemp("prefect")) as api:
+        yield api
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables, made once: making them takes longer than most tests."""
+    from tests.registering import new_database
+
+    address = new_database(tmp_path_factory.mktemp("mlflow"))
+    return Path(address.removeprefix("sqlite:///"))
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, parts: Path, prefect_api: str, empty_database: Path
+) -> Terminal:
+    """A terminal in whose home the recipe has been run without interruption; only to be read."""
+    terminal = _terminal(tmp_path_factory.mktemp("finished"), parts, prefect_api)
+    move_in(terminal.home, empty_database)
+    terminal.write(RECIPE)
+    assert_done(terminal.compress())
+    return terminal
+
+
+@pytest.fixture
+def terminal(
+    tmp_path: Path, parts: Path, prefect_api: str, empty_database: Path
+) -> Callable[..., Terminal]:
+    """Open a terminal with a new home, perhaps with a copy of what another home's store holds."""
+
+    def open_terminal(like: Terminal | None = None) -> Terminal:
+        opened = _terminal(tmp_path, parts, prefect_api)
+        move_in(opened.home, empty_database, like.home / "store" if like else None)
+        return opened
+
+    return open_terminal
+
+
+def _terminal(folder: Path, parts: Path, api: str) -> Terminal:
+    for part in parts.iterdir():
+        (folder / part.name).symlink_to(part)
+    home = {"STILLROOM_HOME": str(folder / "home"), "PREFECT_API_URL": api}
+    return Terminal(folder, home | {"STILLROOM_MLFLOW_TIMEOUT": "5"})
