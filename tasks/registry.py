@@ -131,9 +131,11 @@ def move_alias(
     Raises:
         MismatchError: another champion came in between.
     """
+    if _bears(champion(client, registered.name, alias), registered):
+        return  # nothing to move, so nothing to lock
     with model_lock(client, registered.name):
         now = champion(client, registered.name, alias)
-        if now is not None and now.version == registered.version:
+        if _bears(now, registered):
             return
         before, after = (item.version if item else "none" for item in (compared_with, now))
         if before != after:
@@ -143,6 +145,10 @@ def move_alias(
             )
         with reaching(client.tracking_uri):
             client.set_registered_model_alias(registered.name, alias, registered.version)
+
+
+def _bears(now: Registered | None, registered: Registered) -> bool:
+    return now is not None and now.version == registered.version
 
 
 def registered_keys(client: Any) -> set[str]:

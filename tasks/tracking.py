@@ -47,6 +47,10 @@ class ParentRun:
     experiment_id: str
     flow_run_id: str
     git_commit: str = ""
+    is_new: bool = field(default=False, compare=False)
+    """Made just now: what `logged` does not name need not be searched for."""
+    logged: set[str] = field(default_factory=set, compare=False)
+    """Names of the stages that were logged through this object."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ def connect(tracking_uri: str) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # Two lines and a request for every run that ends; the flow says where its parent run is.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # 2 + 4 + 8 + 16 seconds between the tries; MLflow's own 7 retries last for minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     if tracking_uri.startswith("sqlite:///"):
@@ -145,7 +151,7 @@ def begin_parent_run(
         run = client.create_run(experiment_id, run_name=name, tags=all_tags)
         _log(client, run.info.run_id, flatten(recipe), {}, ())
         _log_recipe(client, run.info.run_id, recipe)
-    return ParentRun(run.info.run_id, experiment_id, flow_run_id, git_commit)
+    return ParentRun(run.info.run_id, experiment_id, flow_run_id, git_commit, is_new=True)
 
 
 def log_stage(client: Any, parent: ParentRun, record: StageRecord) -> str:
@@ -155,7 +161,9 @@ def log_stage(client: Any, parent: ParentRun, record: StageRecord) -> str:
     """
     identity = {TAG_PARENT: parent.run_id, TAG_STAGE: record.name}
     with reaching(client.tracking_uri):
-        run = _find_run(client, parent.experiment_id, identity)
+        fresh = parent.is_new and record.name not in parent.logged
+        run = None if fresh else _find_run(client, parent.experiment_id, identity)
+        parent.logged.add(record.name)
         tags = {
             **identity,
             TAG_FLOW_RUN: parent.flow_run_id,
