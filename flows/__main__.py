@@ -94,7 +94,7 @@ def _run(recipe: Any) -> int:
 
 
 def _account(outcome: Any, settings: Any) -> list[str]:
-    lines = ["", outcome.table, "", *outcome.verdicts, *outcome.gates, "", outcome.summary]
+    lines = ["", outcome.table, "", *outcome.gates, "", outcome.summary]
     lines += [f"  load it: mlflow.pyfunc.load_model({uri!r})" for uri in outcome.versions]
     lines += [f"report: {outcome.report}", f"MLflow: {outcome.mlflow}"]
     if not settings.services():

@@ -10,7 +10,6 @@ class Outcome:
     summary: str
     gates_passed: bool
     table: str
-    verdicts: tuple[str, ...]
     gates: tuple[str, ...]
     versions: tuple[str, ...]
     report: str

@@ -61,7 +61,6 @@ def write_report(
         summary=data.summary,
         gates_passed=all(gate.passed for gate in gates),
         table=render_table(data),
-        verdicts=tuple(verdict.sentence for verdict in data.verdicts),
         gates=tuple(gate.sentence for gate in gates),
         versions=tuple(version.uri for version in versions),
         report=str(target),

@@ -56,15 +56,18 @@ def _run(folder: Path, threads: int, progress: Progress) -> int:
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    with (folder / "stderr.log").open("wb") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "tasks.child", str(folder)],
+    command = [sys.executable, "-m", "tasks.child", str(folder)]
+    with (
+        (folder / "stderr.log").open("wb") as log,
+        subprocess.Popen(
+            command,
             stdout=subprocess.PIPE,
             stderr=log,
             stdin=subprocess.DEVNULL,
             env=environment,
             text=True,
-        )
+        ) as child,
+    ):
         try:
             assert child.stdout is not None
             for line in child.stdout:

@@ -9,6 +9,7 @@ from tasks.store.record import Record
 from tasks.store.store import ArtifactStore
 
 HISTORY = "history.json"
+HELD_OUT_LOSS = "held_out_cross_entropy_nats"
 
 
 def write_history(history: TrainingHistory, folder: Path) -> None:
@@ -23,9 +24,8 @@ def read_curves(store: ArtifactStore, record: Record) -> tuple[Curve, ...]:
         return ()
     history = TrainingHistory.from_json(text.decode())
     curves = [Curve("training", "loss", "nats", tuple(history.steps), tuple(history.loss))]
-    held_out = tuple(history.evaluation_steps)
-    curves += [
-        Curve("training", f"held-out {name}", "nats", held_out, tuple(values))
-        for name, values in history.evaluations.items()
-    ]
+    held_out = history.evaluations.get(HELD_OUT_LOSS, [])
+    curves.append(
+        Curve("training", "held-out loss", "nats", tuple(history.evaluation_steps), tuple(held_out))
+    )
     return tuple(curve for curve in curves if curve.steps)

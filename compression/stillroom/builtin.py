@@ -107,7 +107,7 @@ def _import_gguf(file: Path, folder: Path) -> None:
     from stillroom.models import quiet, save_model
 
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             str(file.parent), gguf_file=file.name, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)

@@ -48,5 +48,5 @@ def history_metrics(history: TrainingHistory) -> dict[str, float]:
     if speeds:
         metrics["median_tokens_per_second"] = speeds[len(speeds) // 2]
     return metrics | {
-        f"final_held_out_{name}": values[-1] for name, values in history.evaluations.items()
+        f"final_{name}": values[-1] for name, values in history.evaluations.items()
     }

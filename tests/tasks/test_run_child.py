@@ -1,0 +1,96 @@
+import errno
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from stillroom.errors import OutOfMemoryError, SourceError, StageError, StoreError
+from stillroom.progress import silent
+from tasks.child import Request, explain
+from tasks.run_child import run_child
+from tasks.sources import Source
+from tasks.stages import IMPORT_MODEL, Order
+
+SECTION = {"dtype": "float32", "trust_remote_code": False, "task": "causal_lm"}
+
+
+def request(folder: Path, source: Path) -> Request:
+    order = Order(
+        title="import teacher",
+        stage=IMPORT_MODEL,
+        section=SECTION,
+        seed=0,
+        sources={"source": Source(str(source), "local", "0" * 64)},
+    )
+    return Request(order=order, records={}, store_url=str(folder / "store"), threads=1)
+
+
+def test_an_error_of_the_work_comes_back_as_what_it_was(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="has changed while the flow ran"):
+        run_child(request(tmp_path, tmp_path), tmp_path / "scratch", silent)
+    assert not list((tmp_path / "scratch").iterdir()), "the work folder was left behind"
+
+
+def test_a_killed_child_is_named_as_short_of_memory(tmp_path: Path) -> None:
+    def kill_the_child() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            for child in psutil.Process().children():
+                if "tasks.child" in " ".join(child.cmdline()):
+                    os.kill(child.pid, signal.SIGKILL)
+                    return
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_the_child)
+    killer.start()
+    with pytest.raises(OutOfMemoryError, match="import teacher was killed by the operating system"):
+        run_child(request(tmp_path, tmp_path), tmp_path / "scratch", silent)
+    killer.join()
+
+
+def test_a_child_that_dies_without_a_word_leaves_its_last_lines(tmp_path: Path) -> None:
+    broken = request(tmp_path, tmp_path).model_copy(update={"threads": 0})
+    with pytest.raises(StageError, match=r"ended with code 1(.|\n)*positive"):
+        run_child(broken, tmp_path / "scratch", silent)
+
+
+def test_work_folders_of_the_dead_are_cleared_away(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    scratch = tmp_path / "scratch"
+    (scratch / f"{ended.pid}-abc").mkdir(parents=True)
+    (scratch / f"{os.getpid()}-mine").mkdir()
+    with pytest.raises(SourceError):
+        run_child(request(tmp_path, tmp_path), scratch, silent)
+    assert [path.name for path in scratch.iterdir()] == [f"{os.getpid()}-mine"]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), StoreError, "the disk is full"),
+        (
+            Exception('IoError(Os { code: 28, kind: StorageFull, message: "…" })'),
+            StoreError,
+            "full",
+        ),
+        (OSError(errno.EROFS, "Read-only file system"), StoreError, "Read-only"),
+        (MemoryError(), OutOfMemoryError, "ran out of memory"),
+        (RuntimeError("can't allocate memory: you tried"), OutOfMemoryError, "fewer batch_rows"),
+    ],
+)
+def test_what_the_machine_refused_is_said_plainly(
+    error: Exception, kind: type[Exception], said: str
+) -> None:
+    explained = explain(error, "quantize")
+    assert type(explained) is kind
+    assert said in str(explained)
+
+
+def test_a_fault_of_ours_is_not_explained_away() -> None:
+    assert explain(KeyError("x"), "quantize") is None
