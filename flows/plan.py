@@ -81,7 +81,7 @@ def plan(recipe: Recipe, store: ArtifactStore) -> list[PlannedStage]:
             artifact.resolved for artifact in artifacts.values()
         )
         cached = resolved and store.find(order.kind, order.key) is not None
-        takes = tuple(artifact.order.title for artifact in artifacts.values())
+        takes = tuple(dict.fromkeys(artifact.order.title for artifact in artifacts.values()))
         line = PlannedStage(order, takes, resolved, cached, estimate(order, recipe, shape))
         return planned.setdefault(order.key, line)
 
