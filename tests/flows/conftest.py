@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.flows.house import House, open_house, processes_of, small_recipe, start
 from tests.flows.terminal import Terminal, assert_done, move_in
 from tests.servers import prefect_server
 
@@ -106,3 +107,25 @@ def _terminal(folder: Path, parts: Path, api: str) -> Terminal:
         (folder / part.name).symlink_to(part)
     home = {"STILLROOM_HOME": str(folder / "home"), "PREFECT_API_URL": api}
     return Terminal(folder, home | {"STILLROOM_MLFLOW_TIMEOUT": "5"})
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> Iterator[House]:
+    """Everything that `make up` starts, and a small recipe in its folder."""
+    terminal = open_house(tmp_path_factory.mktemp("house"))
+    terminal.write(small_recipe(RECIPE, parts))
+    try:
+        yield start(terminal)
+    finally:
+        assert terminal.type("down").returncode == 0
+        assert processes_of(terminal.home) == []
+
+
+@pytest.fixture(scope="session")
+def ordered(house: House, parts: Path) -> dict[str, Any]:
+    """The first run of the small recipe, ordered from the server and done by the worker."""
+    answer = house.order(small_recipe(RECIPE, parts))
+    assert answer.status_code == 201, answer.text
+    run = house.await_end(answer.json()["id"])
+    assert run["state"]["name"] == "Completed", f"{run['state']}\n{house.log('worker')}"
+    return run

@@ -1,0 +1,134 @@
+"""What `make up` starts, asked as a browser or a script would ask it."""
+
+import copy
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from tests.flows.terminal import Terminal
+from tests.servers import free_port
+
+OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+RUN_SECONDS = 180
+STAGES = [
+    "import teacher",
+    "prepare data",
+    "cache teacher",
+    "distil student",
+    "quantize",
+    "evaluate teacher",
+    "evaluate student",
+    "evaluate quantized student",
+    "prepare data law",
+    "train adapter law",
+    "evaluate quantized student on law",
+    "evaluate quantized student + law on law",
+]
+
+
+@dataclass
+class House:
+    """A terminal in which `python -m flows up` was typed, and what it said of the servers."""
+
+    terminal: Terminal
+    prefect: str
+    mlflow: str
+
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        answer = httpx.request(method, f"{self.prefect}/api{path}", json=body, timeout=60)
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
+
+    def ask_mlflow(self, method: str, path: str, body: Any = None, **query: str) -> Any:
+        url = f"{self.mlflow}/api/2.0/mlflow{path}"
+        answer = httpx.request(method, url, json=body, params=query, timeout=60)
+        answer.raise_for_status()
+        return answer.json()
+
+    @property
+    def deployment(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.ask("GET", "/deployments/name/compress/compress")
+        return found
+
+    def order(self, recipe: dict[str, Any]) -> httpx.Response:
+        """Ask for a run, as the form in the browser does."""
+        return httpx.post(
+            f"{self.prefect}/api/deployments/{self.deployment['id']}/create_flow_run",
+            json={"parameters": {"recipe": recipe}},
+            timeout=60,
+        )
+
+    def await_end(self, flow_run: str) -> dict[str, Any]:
+        deadline = time.monotonic() + RUN_SECONDS
+        while True:
+            run: dict[str, Any] = self.ask("GET", f"/flow_runs/{flow_run}")
+            if run["state"]["type"] in OVER:
+                return run
+            assert time.monotonic() < deadline, f"{run['state']}\n{self.log('worker')}"
+            time.sleep(0.5)
+
+    def states(self, flow_run: str) -> dict[str, str]:
+        """Return the name of each task run's state."""
+        of_run = {"flow_runs": {"id": {"any_": [flow_run]}}, "limit": 200}
+        return {
+            run["name"]: run["state_name"] for run in self.ask("POST", "/task_runs/filter", of_run)
+        }
+
+    def log(self, name: str) -> str:
+        return (self.terminal.home / "logs" / f"{name}.log").read_text()[-3000:]
+
+
+def small_recipe(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the recipe with as little work as possible, with an adapter, its files in `folder`."""
+    small = copy.deepcopy(recipe)
+    small["teacher"]["source"] = str(folder / "teacher")
+    data = small["data"]
+    data["train"]["source"] = str(folder / "text.jsonl")
+    data |= {"max_train_tokens": 1024, "max_evaluation_tokens": 256, "calibration_rows": 4}
+    small["distillation"] = {
+        "student": {"layers": 2},
+        "training": {"steps": 4, "checkpoint_every_steps": 2, "evaluate_every_steps": 2},
+    }
+    small["adapters"] = [
+        {
+            "name": "law",
+            "rank": 2,
+            "data": copy.deepcopy(data) | {"max_train_tokens": 512},
+            "training": {"steps": 2},
+        }
+    ]
+    return small
+
+
+def open_house(folder: Path) -> Terminal:
+    """Return a terminal whose servers will have ports of their own."""
+    ports = {f"STILLROOM_{name}_PORT": str(free_port()) for name in ("PREFECT", "MLFLOW")}
+    return Terminal(folder, {"STILLROOM_HOME": str(folder / "home"), **ports})
+
+
+def start(terminal: Terminal) -> House:
+    done = terminal.type("up")
+    assert done.returncode == 0, done.stdout + done.stderr
+    prefect, mlflow = (
+        f"http://127.0.0.1:{terminal.variables[f'STILLROOM_{name}_PORT']}"
+        for name in ("PREFECT", "MLFLOW")
+    )
+    assert prefect in done.stdout
+    assert mlflow in done.stdout
+    return House(terminal, prefect, mlflow)
+
+
+def processes_of(home: Path) -> list[str]:
+    """Return the command lines of all processes that run for a home."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("STILLROOM_HOME") == str(home):
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:  # ended, or not ours
+            continue
+    return found

@@ -1,0 +1,185 @@
+"""`make up`, `make down`, and what a browser, a script and a terminal find in between."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.flows.house import STAGES, House, open_house, processes_of, small_recipe, start
+from tests.flows.terminal import ROOT, assert_refused
+
+pytestmark = pytest.mark.integration
+
+
+def is_free(port: str) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", int(port))) != 0
+
+
+def test_up_when_it_is_up_says_so(house: House) -> None:
+    done = house.terminal.type("up")
+    assert done.returncode == 0
+    assert "running already" in done.stdout
+    assert house.prefect in done.stdout
+
+
+def test_pools_and_a_paused_schedule(house: House) -> None:
+    pools = {pool["name"]: pool for pool in house.ask("POST", "/work_pools/filter", {})}
+    assert {"stillroom-cpu", "stillroom-gpu"} <= set(pools)
+    assert pools["stillroom-cpu"]["type"] == "process"
+    (schedule,) = house.deployment["schedules"]
+    assert schedule["schedule"]["cron"]
+    assert schedule["active"] is False
+    assert house.deployment["work_pool_name"] == "stillroom-cpu"
+
+
+def test_recipe_is_the_form(house: House) -> None:
+    schema = house.deployment["parameter_openapi_schema"]
+    assert schema["properties"]["recipe"]["$ref"].endswith("/Recipe")
+    recipe = schema["definitions"]["Recipe"]["properties"]
+    assert {"teacher", "data", "distillation", "quantization", "adapters"} <= set(recipe)
+    bits = schema["definitions"]["Quantization"]["properties"]["bits"]
+    assert bits == {
+        "title": "Bits",
+        "type": "integer",
+        "enum": [2, 3, 4, 8],
+        "default": 4,
+        "description": "Bits a weight.",
+    }
+    for name, section in schema["definitions"].items():
+        for field, facts in section["properties"].items():
+            # A section in a section is described by its own definition.
+            described = schema["definitions"].get(facts.get("$ref", "").split("/")[-1], facts)
+            assert described.get("description"), f"{name}.{field}"
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [("quantization", {"bits": 5}), ("nonsense", 1), ("seed", -1), ("teacher", {})],
+)
+def test_server_refuses_a_bad_recipe(
+    house: House, recipe: dict[str, Any], section: str, value: object
+) -> None:
+    answer = house.order(recipe | {section: value})
+    assert 400 <= answer.status_code < 500, answer.text
+    assert "recipe" in answer.json()["detail"]
+
+
+def test_run_ordered_from_the_server(house: House, ordered: dict[str, Any]) -> None:
+    assert ordered["name"] == "tiny"
+    states = house.states(ordered["id"])
+    assert states == dict.fromkeys(
+        [*STAGES, "check gates", "register", "write report"], "Completed"
+    )
+    of_run = {"flow_runs": {"id": {"any_": [ordered["id"]]}}}
+    artifacts = house.ask("POST", "/artifacts/filter", {"artifacts": None, **of_run})
+    kinds = {artifact["type"] for artifact in artifacts}
+    assert {"table", "markdown"} <= kinds
+    page = next(a for a in artifacts if a["key"] == "report-page")
+    assert "report.html" in page["data"]
+    assert (house.terminal.home / "reports" / "tiny" / "report.html").exists()
+
+
+def test_run_is_remembered_by_mlflow(house: House, ordered: dict[str, Any]) -> None:
+    experiment = house.ask_mlflow("GET", "/experiments/get-by-name", experiment_name="tiny")
+    body = {
+        "experiment_ids": [experiment["experiment"]["experiment_id"]],
+        "filter": f"tags.`stillroom.flow_run_id` = '{ordered['id']}'",
+    }
+    runs = house.ask_mlflow("POST", "/runs/search", body)["runs"]
+    tags = [{tag["key"]: tag["value"] for tag in run["data"]["tags"]} for run in runs]
+    (parent,) = [
+        run["info"]["run_id"]
+        for run, named in zip(runs, tags, strict=True)
+        if named["stillroom.run"] == "parent"
+    ]
+    nested = {t["stillroom.stage"] for t in tags if t.get("mlflow.parentRunId") == parent}
+    assert nested == set(STAGES)
+    assert {run["info"]["status"] for run in runs} == {"FINISHED"}
+    for name in ("tiny", "tiny-law"):
+        found = house.ask_mlflow("GET", "/registered-models/alias", name=name, alias="champion")
+        assert found["model_version"]["version"] == "1"
+        assert found["model_version"]["status"] == "READY"
+
+
+def test_prefect_deployment_run(house: House, ordered: dict[str, Any], parts: Path) -> None:
+    recipe = small_recipe(dict(ordered["parameters"]["recipe"]), parts)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "prefect", "--no-prompt"),
+            *("deployment", "run", "compress/compress", "--watch", "--watch-interval", "1"),
+            *("--params", json.dumps({"recipe": recipe})),
+        ],
+        cwd=ROOT,
+        env=house.terminal.environment()
+        | {
+            "PREFECT_API_URL": f"{house.prefect}/api",
+            "PREFECT_HOME": str(house.terminal.folder / "prefect"),
+            "DO_NOT_TRACK": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = {"sort": "START_TIME_DESC", "limit": 1}
+    (run,) = house.ask("POST", "/flow_runs/filter", last)
+    assert run["id"] != ordered["id"]
+    assert house.states(run["id"]) == {
+        **dict.fromkeys(STAGES, "Cached"),
+        **dict.fromkeys(["check gates", "register", "write report"], "Completed"),
+    }
+    found = house.ask_mlflow("GET", "/registered-models/alias", name="tiny", alias="champion")
+    assert found["model_version"]["version"] == "1"  # the same artifact: no second version
+
+
+@pytest.mark.parametrize("name", ["PREFECT", "MLFLOW"])
+def test_taken_port(tmp_path: Path, name: str) -> None:
+    terminal = open_house(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", int(terminal.variables[f"STILLROOM_{name}_PORT"])))
+        taken.listen()
+        assert_refused(terminal.type("up"), "is taken", f"STILLROOM_{name}_PORT")
+    assert processes_of(terminal.home) == []
+    assert "no servers are running" in terminal.type("down").stdout
+
+
+def test_port_that_is_none(tmp_path: Path) -> None:
+    terminal = open_house(tmp_path)
+    terminal.variables["STILLROOM_MLFLOW_PORT"] = "http"
+    assert_refused(terminal.type("up"), "STILLROOM_MLFLOW_PORT", "'http'")
+
+
+def test_up_after_a_crash_and_down_twice(tmp_path: Path) -> None:
+    terminal = open_house(tmp_path)
+    try:
+        house = start(terminal)
+        house.ask("PATCH", _schedule(house), {"active": True})
+        pids = json.loads((terminal.home / "services.json").read_text())["pids"]
+        os.kill(pids["prefect"], signal.SIGKILL)
+
+        house = start(terminal)
+        assert house.ask("GET", f"/deployments/{house.deployment['id']}")["schedules"][0]["active"]
+    finally:
+        done = terminal.type("down")
+    assert done.returncode == 0
+    assert [line.split()[1] for line in done.stdout.splitlines()] == ["worker", "mlflow", "prefect"]
+    assert processes_of(terminal.home) == []
+    assert all(
+        is_free(terminal.variables[f"STILLROOM_{name}_PORT"]) for name in ("PREFECT", "MLFLOW")
+    )
+    again = terminal.type("down")
+    assert again.returncode == 0
+    assert "no servers are running" in again.stdout
+
+
+def _schedule(house: House) -> str:
+    deployment = house.deployment
+    return f"/deployments/{deployment['id']}/schedules/{deployment['schedules'][0]['id']}"
