@@ -47,6 +47,4 @@ def history_metrics(history: TrainingHistory) -> dict[str, float]:
     metrics = {"steps": float(len(history.steps)), "final_loss_nats": history.loss[-1]}
     if speeds:
         metrics["median_tokens_per_second"] = speeds[len(speeds) // 2]
-    return metrics | {
-        f"final_{name}": values[-1] for name, values in history.evaluations.items()
-    }
+    return metrics | {f"final_{name}": values[-1] for name, values in history.evaluations.items()}
