@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.run(options) if "run" in options else _store(options)
     except StillroomError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # One line, whatever a library has put into it.
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return ACTIONABLE
     return code
 
@@ -85,8 +86,8 @@ def _run(recipe: Any) -> int:
     from flows.compress import compress
 
     state: Any = compress(recipe, return_state=True)
-    if state.is_failed() and state.name != "Refused":
-        raise StillroomError(state.message)
+    if not state.is_completed() and state.name != "Refused":
+        raise StillroomError(state.message or f"the run ended as {state.name}")
     outcome = state.result(raise_on_failure=False)
     for line in _account(outcome, settings):
         print(line)

@@ -13,6 +13,7 @@ from flows.plan import planned_keys, resolve_source
 from flows.road import BASE_TEXT, Made, Measured, walk
 from stillroom.config import Recipe
 from stillroom.errors import StageError, StillroomError
+from tasks.explain import explain
 from tasks.hardware import threads_here
 from tasks.journal import Journal
 from tasks.judge import Candidate, judge_candidate
@@ -34,8 +35,11 @@ def compress(recipe: Recipe) -> "State[Outcome]":
     """
     try:
         outcome = make(recipe)
-    except StillroomError as error:
-        return Failed(message=str(error))
+    except Exception as error:
+        explained = explain(error, recipe.name)
+        if explained is None:
+            raise
+        return Failed(message=str(explained))
     if not outcome.gates_passed:
         return Failed(name="Refused", message=outcome.summary, data=outcome)
     return Completed(message=outcome.summary, data=outcome)
@@ -84,13 +88,15 @@ class Runner:
         """Return the record of the artifact that `order` asks for.
 
         Raises:
-            StageError: it could not be made; the message says why.
+            StillroomError: it could not be made; the message says why.
         """
         state: State[Any] = run_stage(
             order, artifacts, self.threads, self.journal, return_state=True
         )
         if state.is_failed():
-            raise StageError(f"{order.title}: {state.message}")
+            error = state.result(raise_on_failure=False)
+            kind = type(error) if isinstance(error, StillroomError) else StageError
+            raise kind(f"{order.title}: {state.message}")
         record = state.result()
         assert isinstance(record, Record)
         return record

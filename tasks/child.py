@@ -5,7 +5,6 @@ Progress goes to standard output, one JSON list a line; logs go to standard erro
 """
 
 import ctypes
-import errno
 import importlib
 import json
 import logging
@@ -19,8 +18,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 import stillroom.errors
-from stillroom.errors import OutOfMemoryError, StillroomError, StoreError
+from stillroom.errors import StillroomError
 from stillroom.progress import Progress
+from tasks.explain import explain
 from tasks.stages import Order
 from tasks.store.record import Record
 from tasks.work.bench import Bench
@@ -117,27 +117,6 @@ def error_from(file: Path) -> StillroomError:
     error = kind(answer["message"])
     assert isinstance(error, StillroomError)
     return error
-
-
-def explain(error: Exception, title: str) -> StillroomError | None:
-    """Return the error as one that the user can act on, or None where it is a fault of ours."""
-    if isinstance(error, StillroomError):
-        return error
-    text = " ".join(str(error).split())
-    # safetensors and torch report what the operating system refused in words only.
-    if getattr(error, "errno", None) == errno.ENOSPC or "StorageFull" in text:
-        return StoreError(
-            f"{title}: the disk is full; free some space (`python -m flows store gc --dry-run` "
-            "shows what can go) and run again: what is finished is kept"
-        )
-    if getattr(error, "errno", None) in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return StoreError(f"{title}: {text}; give STILLROOM_HOME a folder that can be written")
-    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
-        return OutOfMemoryError(
-            f"{title} ran out of memory ({text[:200]}); run again with fewer batch_rows or a "
-            "shorter sequence_length: what is finished is kept"
-        )
-    return None
 
 
 class _Reporter:

@@ -1,15 +1,17 @@
 """What one flow run writes down as it goes: an MLflow parent run, and a nested run a stage."""
 
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from prefect import get_run_logger
 from prefect.runtime import flow_run
 
 from stillroom.config import Recipe
-from stillroom.errors import StillroomError
+from stillroom.errors import ServiceUnreachableError, StillroomError
 from stillroom.evaluation.report_data import LineageEntry
 from tasks.settings import Settings
 from tasks.stages import Order
@@ -70,8 +72,12 @@ class Journal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        status = "FINISHED" if error is None else "FAILED"
-        end_parent_run(self.client, self.parent, status, metrics=self.figures)  # type: ignore[arg-type]
+        if error is None:
+            end_parent_run(self.client, self.parent, "FINISHED", metrics=self.figures)
+        else:
+            self._tell_of(
+                error, lambda: end_parent_run(self.client, self.parent, "FAILED", metrics={})
+            )
 
     @property
     def link(self) -> str:
@@ -101,10 +107,19 @@ class Journal:
 
     def log_failure(self, order: Order, error: StillroomError) -> None:
         """Write down a stage that failed."""
-        stage = StageRecord(
-            order.title, order.key, order.kind, False, "FAILED", error=str(error)
-        )
-        log_stage(self.client, self.parent, stage)
+        stage = StageRecord(order.title, order.key, order.kind, False, "FAILED", error=str(error))
+        self._tell_of(error, lambda: log_stage(self.client, self.parent, stage))
+
+    def _tell_of(self, failure: BaseException, tell: Callable[[], object]) -> None:
+        """Tell MLflow of a failure; where that fails too, the first failure is what counts."""
+        if isinstance(failure, ServiceUnreachableError):
+            return  # it was waited for long enough
+        try:
+            tell()
+        except Exception as error:
+            get_run_logger().warning(
+                "MLflow was not told of the failure: %s", " ".join(str(error).split())[:300]
+            )
 
     def log_file(self, path: Path) -> None:
         """Keep a small file with the run."""

@@ -8,6 +8,7 @@ from prefect.cache_policies import NO_CACHE
 from stillroom.config import Gates
 from stillroom.evaluation.figures import ReloadCheck
 from stillroom.evaluation.gates import GateBounds, GateFigures, GateResult, check_gates
+from tasks.explain import plainly
 from tasks.figures import Figures, read_figures, read_layers, read_reload
 from tasks.journal import Journal
 from tasks.store.record import Record
@@ -27,6 +28,7 @@ class Candidate:
 
 
 @task(name="check gates", task_run_name="check gates", cache_policy=NO_CACHE, persist_result=False)
+@plainly
 def judge_candidate(candidate: Candidate, bounds: Gates, journal: Journal) -> list[GateResult]:
     """Return what became of every gate.
 

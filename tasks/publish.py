@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 from stillroom.config import Recipe
 from stillroom.contents import Task
 from stillroom.evaluation.gates import GateResult
+from tasks.explain import plainly
 from tasks.journal import Journal
 from tasks.registry import (
     Candidate,
@@ -24,6 +25,7 @@ from tasks.store.record import Record
 
 
 @task(name="register", task_run_name="register", cache_policy=NO_CACHE, persist_result=False)
+@plainly
 def register_models(
     recipe: Recipe,
     base: Record,

@@ -14,6 +14,7 @@ from stillroom.evaluation.attribution import LossStep, Verdict, attribute_loss, 
 from stillroom.evaluation.gates import GateResult
 from stillroom.evaluation.report_data import Curve, LayerError, ModelRow, ReportData
 from stillroom.evaluation.tables import render_markdown, render_table
+from tasks.explain import plainly
 from tasks.figures import Figures, read_figures, read_layers
 from tasks.journal import Journal
 from tasks.outcome import Outcome
@@ -40,6 +41,7 @@ class Shown:
 @task(
     name="write report", task_run_name="write report", cache_policy=NO_CACHE, persist_result=False
 )
+@plainly
 def write_report(
     recipe: Recipe,
     shown: Sequence[Shown],

@@ -17,7 +17,6 @@ from tasks.child import FAILED, Request, error_from
 from tasks.store.record import Record
 
 ROOT = Path(__file__).parents[1]
-LAST_LINES = 12
 GRACE_SECONDS = 5
 
 
@@ -43,10 +42,14 @@ def run_child(request: Request, scratch_root: Path, progress: Progress) -> Recor
                 "Its finished part is kept: run again with fewer batch_rows or a shorter "
                 "sequence_length, or on a larger machine"
             )
-        lines = (folder / "stderr.log").read_text(errors="replace").strip().splitlines()
-        raise StageError(
-            f"{title} ended with code {code}; its last words:\n" + "\n".join(lines[-LAST_LINES:])
-        )
+        log = _keep_log(folder, scratch_root / "logs" / f"{request.order.key[:12]}.log")
+        lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+        raise StageError(f"{title} ended with code {code}: {lines[-1][:300]}; its log is {log}")
+
+
+def _keep_log(folder: Path, log: Path) -> Path:
+    log.parent.mkdir(exist_ok=True)
+    return Path(shutil.copyfile(folder / "stderr.log", log))
 
 
 def _run(folder: Path, threads: int, progress: Progress) -> int:

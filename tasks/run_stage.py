@@ -8,8 +8,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from stillroom.errors import StillroomError
 from tasks.child import Request
+from tasks.explain import explain
 from tasks.journal import Journal
 from tasks.progress import ShownProgress
 from tasks.run_child import run_child
@@ -35,9 +35,12 @@ def run_stage(
         if record is None:
             record = _make(order, records, threads, settings)
         journal.log_stage(order, record, cached=cached)
-    except StillroomError as error:
-        journal.log_failure(order, error)
-        return Failed(message=f"{type(error).__name__}: {error}")
+    except Exception as error:
+        explained = explain(error, order.title)
+        if explained is None:
+            raise
+        journal.log_failure(order, explained)
+        return Failed(message=str(explained), data=explained)
     if cached:
         return Completed(name="Cached", message=f"{order.kind} {order.key[:12]}", data=record)
     _show(order, record)

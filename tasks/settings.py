@@ -7,6 +7,8 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from stillroom.errors import StoreError
+
 QUIET_SERVICES = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -80,7 +82,13 @@ class Settings(BaseSettings):
         """Return the variables under which Prefect and MLflow stay at home, and say nothing."""
         server = self.services().get("prefect")
         # Prefect's own server does not make the folder that its database is to lie in.
-        (self.root / "prefect").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.root / "prefect").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"{self.root} cannot be written: {error.strerror}; set STILLROOM_HOME to a folder "
+                "that can"
+            ) from error
         here = {"PREFECT_HOME": str(self.root / "prefect"), **QUIET_SERVICES}
         if server:
             here["PREFECT_API_URL"] = server

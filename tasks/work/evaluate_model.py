@@ -1,12 +1,15 @@
 """Measure a model, perhaps wearing an adapter, on held-out text."""
 
+from pathlib import Path
 from typing import Any
 
 from stillroom.adapters.lora import load_adapter
+from stillroom.data.examples import Examples
 from stillroom.data.prepare import load_prepared
+from stillroom.errors import MismatchError
 from stillroom.evaluation.cost import Workload, folder_size_bytes, measure_cost
 from stillroom.evaluation.quality import measure_quality
-from stillroom.models import load_model
+from stillroom.models import load_model, load_tokenizer, tokenizer_hash
 from tasks.work.bench import Bench, Result
 
 
@@ -15,6 +18,7 @@ def work(bench: Bench) -> Result:
     section, inputs = bench.section, bench.inputs
     folders = [inputs["model"], *([inputs["adapter"]] if "adapter" in inputs else [])]
     data = load_prepared(inputs["data"])
+    _require_same_tokenizer(inputs["model"], data.evaluation)
     model: Any = load_model(inputs["model"], task=bench.task)
     if "adapter" in inputs:
         model = load_adapter(model, inputs["adapter"])
@@ -49,3 +53,13 @@ def work(bench: Bench) -> Result:
     if cost.decode_tokens_per_second:
         metrics["decode_tokens_per_second"] = cost.decode_tokens_per_second.value
     return Result(licence=bench.licence("model"), metrics=metrics)
+
+
+def _require_same_tokenizer(folder: Path, rows: Examples) -> None:
+    own = tokenizer_hash(load_tokenizer(folder))
+    if own != rows.tokenizer_hash:
+        raise MismatchError(
+            f"the model's tokenizer ({own[:12]}) is not the one that the text was prepared with "
+            f"({rows.tokenizer_hash[:12]}): losses a token cannot be compared; where it is the "
+            "champion, publish under another name or leave out the gate that compares with it"
+        )

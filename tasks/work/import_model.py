@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from stillroom.builtin import builtin_model, import_builtin
 from stillroom.errors import SourceError
 from stillroom.models import load_tokenizer, read_config, tokenizer_hash
@@ -57,12 +59,26 @@ def _copy(folder: Path, output: Path, wanted: tuple[str, ...]) -> None:
 
 def _check(folder: Path, reference: str) -> None:
     read_config(folder)
-    if not list(folder.glob("*.safetensors")):
+    files = list(folder.glob("*.safetensors"))
+    if not files:
         raise SourceError(
             f"{reference} has no safetensors files; other formats can run code when they are read: "
             "convert it first (save_pretrained writes safetensors)"
         )
+    for file in files:
+        _check_whole(file, reference)
     tokenizer_hash(load_tokenizer(folder))
+
+
+def _check_whole(file: Path, reference: str) -> None:
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise SourceError(
+            f"{reference} cannot be loaded: {file.name} is truncated or damaged ({error}); fetch "
+            "it again"
+        ) from error
 
 
 def _note_dtype(folder: Path, dtype: str) -> None:
