@@ -126,7 +126,7 @@ class Orders(Generic[A]):
         order = Order(
             title=title,
             stage=stage,
-            section=section | {"task": self.recipe.task},
+            section=section | {"task": self.recipe.task, "device": self.recipe.execution.device},
             unkeyed=unkeyed or {},
             seed=self.recipe.seed,
             sources=sources or {},

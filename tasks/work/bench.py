@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stillroom.checkpoint import Checkpoints
+from stillroom.errors import RecipeError
 from stillroom.progress import Progress
 from tasks.sources import Source
 from tasks.stages import Order
 from tasks.store.record import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,26 @@ class Bench:
     def task(self) -> Any:
         """What the models are for: causal_lm or sequence_classification."""
         return self.section["task"]
+
+    def load(self, folder: Path) -> "PreTrainedModel":
+        """Return the model in `folder`, on the device that the recipe asks for.
+
+        Raises:
+            RecipeError: the machine has no such device.
+            SourceError: the folder holds no model.
+        """
+        import torch
+
+        from stillroom.models import load_model
+
+        device = self.section["device"]
+        if device == "cuda" and not torch.cuda.is_available():
+            raise RecipeError(
+                "execution.device: cuda is asked for and this machine has none; set it to cpu, or "
+                "run on a machine with a GPU"
+            )
+        model = load_model(folder, task=self.task)
+        return model.to(device)  # type: ignore[no-any-return]
 
     def source(self, role: str) -> Source:
         """Return the resolved source of `role`."""

@@ -2,7 +2,7 @@
 
 from stillroom.data.prepare import load_prepared
 from stillroom.distillation.teacher_cache import CacheOptions, capture
-from stillroom.models import load_model, load_tokenizer, tokenizer_hash
+from stillroom.models import load_tokenizer, tokenizer_hash
 from tasks.work.bench import Bench, Result
 
 
@@ -20,7 +20,7 @@ def work(bench: Bench) -> Result:
     )
     train = load_prepared(bench.inputs["data"]).train
     capture(
-        load_model(folder, task=bench.task),
+        bench.load(folder),
         train,
         bench.output,
         options,

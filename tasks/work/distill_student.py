@@ -1,8 +1,5 @@
 """Make a student of some of the teacher's layers, and train it on what the teacher said."""
 
-from pathlib import Path
-from typing import Any
-
 from transformers import PreTrainedModel
 
 from stillroom.blocks import find_blocks
@@ -10,7 +7,7 @@ from stillroom.data.prepare import load_prepared
 from stillroom.distillation.cache_files import TeacherCache
 from stillroom.distillation.distill import DistillationOptions, distill
 from stillroom.distillation.student import choose_layers, initialise_student
-from stillroom.models import load_model, load_tokenizer
+from stillroom.models import load_tokenizer
 from tasks.work.bench import Bench, Result
 from tasks.work.training import save_trained, training_options
 
@@ -19,7 +16,7 @@ def work(bench: Bench) -> Result:
     """Write the student; without a cache it learns from the text alone."""
     section, inputs = bench.section, bench.inputs
     data = load_prepared(inputs["data"])
-    student = _initial_student(inputs["teacher"], bench.task, section["student"])
+    student = _initial_student(bench)
     options = DistillationOptions(
         training=training_options(bench),
         soft_weight=section["soft_weight"],
@@ -40,8 +37,9 @@ def work(bench: Bench) -> Result:
     return save_trained(bench, student, tokenizer, data, history, bench.licence("teacher"))
 
 
-def _initial_student(folder: Path, task: Any, student: dict[str, Any]) -> PreTrainedModel:
-    teacher = load_model(folder, task=task)
+def _initial_student(bench: Bench) -> PreTrainedModel:
+    teacher = bench.load(bench.inputs["teacher"])
+    student = bench.section["student"]
     layers = student["layers"]
     if isinstance(layers, int):
         layers = choose_layers(len(find_blocks(teacher)[1]), layers, student["rule"])

@@ -9,7 +9,7 @@ from stillroom.data.prepare import load_prepared
 from stillroom.errors import MismatchError
 from stillroom.evaluation.cost import Workload, folder_size_bytes, measure_cost
 from stillroom.evaluation.quality import measure_quality
-from stillroom.models import load_model, load_tokenizer, tokenizer_hash
+from stillroom.models import load_tokenizer, tokenizer_hash
 from tasks.work.bench import Bench, Result
 
 
@@ -19,11 +19,11 @@ def work(bench: Bench) -> Result:
     folders = [inputs["model"], *([inputs["adapter"]] if "adapter" in inputs else [])]
     data = load_prepared(inputs["data"])
     _require_same_tokenizer(inputs["model"], data.evaluation)
-    model: Any = load_model(inputs["model"], task=bench.task)
+    model: Any = bench.load(inputs["model"])
     if "adapter" in inputs:
         model = load_adapter(model, inputs["adapter"])
     itself = len(folders) == 1 and bench.order.inputs["model"] == bench.order.inputs["teacher"]
-    teacher = None if itself else load_model(inputs["teacher"], task=bench.task)
+    teacher = None if itself else bench.load(inputs["teacher"])
     quality = measure_quality(
         model,
         teacher,

@@ -38,12 +38,15 @@ def work(bench: Bench) -> Result:
 
 def _download(repo: str, commit: str, wanted: tuple[str, ...]) -> tuple[Path, str]:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        HTTPError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         folder = snapshot_download(repo, revision=commit, allow_patterns=list(wanted))
         card = HfApi().model_info(repo, revision=commit).card_data
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HTTPError, LocalEntryNotFoundError, OSError) as error:
         raise SourceError(
             f"model {repo} at {commit[:12]} cannot be downloaded ({type(error).__name__}); check "
             "the network and, for a gated model, HF_TOKEN; a rerun goes on with what is there"

@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 
 from stillroom.data.prepare import load_prepared
 from stillroom.evaluation.reload import measure_reload
-from stillroom.models import load_model, load_tokenizer
+from stillroom.models import load_tokenizer
 from stillroom.quantization.export import save_quantized
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sequential import QuantizationResult, quantize_model
@@ -20,7 +20,7 @@ def work(bench: Bench) -> Result:
     """Write a GPTQ checkpoint, and layers.json with the account of each layer."""
     section, base = bench.section, bench.inputs["base"]
     calibration = load_prepared(bench.inputs["data"]).calibration
-    model = load_model(base, task=bench.task)
+    model = bench.load(base)
     options = QuantizationOptions(**{k: v for k, v in section.items() if k in OPTIONS})
     result = quantize_model(
         model,
@@ -32,7 +32,7 @@ def work(bench: Bench) -> Result:
     )
     save_quantized(model, load_tokenizer(base), result, bench.output)
     (bench.output / "layers.json").write_text(json.dumps(_account(result), indent=1))
-    reload = measure_reload(model, load_model(bench.output, task=bench.task), calibration)
+    reload = measure_reload(model, bench.load(bench.output), calibration)
     errors = sorted(account.relative_error for account in result.accounts)
     metrics = {
         "quantized_layers": float(len(result.layers)),

@@ -2,7 +2,6 @@
 
 from stillroom.adapters.lora import LoraOptions, save_adapter, train_lora
 from stillroom.data.prepare import load_prepared
-from stillroom.models import load_model
 from tasks.training_curves import write_history
 from tasks.work.bench import Bench, Result
 from tasks.work.training import history_metrics, training_options
@@ -20,7 +19,7 @@ def work(bench: Bench) -> Result:
     )
     data = load_prepared(bench.inputs["data"])
     adapted, history = train_lora(
-        load_model(bench.inputs["base"], task=bench.task),
+        bench.load(bench.inputs["base"]),
         data.train,
         options,
         training_options(bench),

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from stillroom.data.prepare import PreparedData
 from stillroom.evaluation.reload import measure_reload
-from stillroom.models import load_model, save_model
+from stillroom.models import save_model
 from stillroom.training.history import TrainingHistory
 from stillroom.training.options import TrainingOptions
 from tasks.training_curves import write_history
@@ -31,7 +31,7 @@ def save_trained(
     """Write the model and its curves, and check that it loads as what it was saved as."""
     save_model(model, tokenizer, bench.output)
     write_history(history, bench.output)
-    reload = measure_reload(model, load_model(bench.output, task=bench.task), data.evaluation)
+    reload = measure_reload(model, bench.load(bench.output), data.evaluation)
     metrics = reload_metrics(reload) | history_metrics(history)
     return Result(licence=licence, metrics=metrics)
 

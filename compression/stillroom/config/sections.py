@@ -256,5 +256,7 @@ class Publish(Section):
 class Execution(Section):
     """On what the stages run."""
 
+    device: Literal["cpu", "cuda"] = "cpu"
+    """What the models are computed on; a machine without it refuses the recipe."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads of one stage; absent: one a processor. The same number gives the same bytes."""
