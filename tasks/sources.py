@@ -105,11 +105,11 @@ def hub_commit(repo: str, revision: str | None, kind: Literal["model", "dataset"
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
     try:
         info: Any = HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=10)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, OfflineModeIsEnabled, OSError) as error:
         raise SourceError(
             f"{kind} {repo} cannot be found on the hub ({type(error).__name__}): check the name "
             "and the network, pin `revision` to a commit, or give a local folder"

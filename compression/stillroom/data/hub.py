@@ -38,12 +38,13 @@ def read_hub(
 
 def _load(repo_id: str, revision: str | None, config: str | None, split: str) -> Any:
     import datasets
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    # Whichever HTTP library the hub's client works with, this is the root of its errors.
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
     try:
         return datasets.load_dataset(repo_id, config, split=split, revision=revision)
-    except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError) as error:
+    except (ConnectionError, OfflineModeIsEnabled, HTTPError) as error:
         raise SourceError(
             f"the hub expected to answer for {repo_id}: {_first_line(error)}; connect to the "
             "network and unset HF_HUB_OFFLINE, or name a local file"
