@@ -3,6 +3,7 @@
 A client is passed from call to call; nothing here touches MLflow's "active run".
 """
 
+import logging
 import math
 import os
 import re
@@ -87,6 +88,8 @@ def connect(tracking_uri: str) -> Any:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # Two lines and a request for every run that ends; the flow says where its parent run is.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # It writes a traceback for what it raises all the same: a full disk, a read-only file.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     # 2 + 4 + 8 + 16 seconds between the tries; MLflow's own 7 retries last for minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     if tracking_uri.startswith("sqlite:///"):

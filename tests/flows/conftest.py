@@ -13,10 +13,10 @@ from tests.flows.house import House, open_house, processes_of, small_recipe, sta
 from tests.flows.terminal import Terminal, assert_done, move_in
 from tests.servers import prefect_server
 
-WORDS = (
+SENTENCE = (
     "the cat sat on a mat and saw old blue hills far away from home while rain fell softly over "
     "green fields where nobody had walked since winter came down upon them all"
-).split()
+)
 # Many small portions of work: a kill lands in the middle of them.
 RECIPE: dict[str, Any] = {
     "name": "tiny",
@@ -55,7 +55,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parts")
     save_model(tiny_llama(seed=1, layers=8, hidden=64), tiny_tokenizer(), folder / "teacher")
     chance = random.Random(0)
-    texts = [" ".join(chance.choices(WORDS, k=40)) + "." for _ in range(70)]
+    texts = [" ".join(chance.choices(SENTENCE.split(), k=40)) + "." for _ in range(70)]
     lines = (json.dumps({"text": text}) + "\n" for text in texts)
     (folder / "text.jsonl").write_text("".join(lines))
     return folder
