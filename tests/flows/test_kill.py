@@ -1,0 +1,174 @@
+"""kill -9 in the middle of a long stage: the same command goes on, and makes the same bytes."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tasks.store.partial import StoreCheckpoints
+from tasks.store.record import Record
+from tests.flows.terminal import Terminal, assert_done, assert_refused, assert_sound
+
+pytestmark = pytest.mark.integration
+Open = Callable[..., Terminal]
+Recipe = dict[str, Any]
+WAIT_SECONDS = 90
+
+TEACHER_CACHE, STUDENT, QUANTIZED = "cache teacher", "distil student", "quantize"
+BEFORE = ("import teacher", "prepare data")
+
+
+class Pieces:
+    """The checkpoints of one stage, as they lie on the disk: piece to the attempt that wrote it."""
+
+    def __init__(self, user: Terminal, key: str) -> None:
+        self.checkpoints = StoreCheckpoints(user.store.backend, key)
+        self.folder = user.home / "store" / "partial" / key
+
+    def names(self) -> list[str]:
+        return sorted(file.stem for file in self.folder.glob("*.json"))
+
+    def attempts(self) -> dict[str, str]:
+        found = {}
+        for name in self.names():
+            piece = self.checkpoints.piece(name)
+            if piece is not None:  # removed since it was listed
+                found[name] = piece.attempt
+        return found
+
+
+def made(user: Terminal, title: str) -> Record:
+    """Return what the stage made."""
+    by_title = {
+        TEACHER_CACHE: lambda record: record.kind == "teacher-cache",
+        STUDENT: lambda record: "soft_weight" in record.section,
+        QUANTIZED: lambda record: "group_size" in record.section,
+    }
+    (record,) = [record for record in user.store.records() if by_title[title](record)]
+    return record
+
+
+def kill_in_the_middle(user: Terminal, pieces: Pieces) -> None:
+    """Start the command, and kill its process when its stage has its first checkpoints."""
+    with (user.folder / "killed.log").open("wb") as log:
+        flow = subprocess.Popen(
+            user.command("compress", "recipe.yaml"),
+            cwd=user.folder,
+            env=user.environment(),
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        _until(lambda: len(pieces.names()) >= 2 or flow.poll() is not None, pause=0.0005)
+        workers = [child for child in psutil.Process(flow.pid).children() if _works(child)]
+        os.kill(flow.pid, signal.SIGKILL)
+    finally:
+        flow.kill()
+        flow.wait(WAIT_SECONDS)
+    assert flow.returncode == -signal.SIGKILL, (user.folder / "killed.log").read_text()
+    assert workers, "the stage had ended already"
+    # The worker dies with its flow: a rerun must not meet it.
+    _until(lambda: not any(_works(child) for child in workers))
+
+
+def _works(process: psutil.Process) -> bool:
+    try:
+        alive = process.status() != psutil.STATUS_ZOMBIE
+        return alive and "tasks.child" in process.cmdline()
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _until(condition: Callable[[], bool], pause: float = 0.02) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(pause)
+
+
+class Watch:
+    """Looks at the checkpoints while a command runs."""
+
+    def __init__(self, pieces: Pieces) -> None:
+        self.pieces = pieces
+        self.seen: set[tuple[str, str]] = set()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> "Watch":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def _look(self) -> None:
+        while not self.over.wait(0.002):
+            self.seen |= set(self.pieces.attempts().items())
+
+
+@pytest.mark.parametrize("title", [TEACHER_CACHE, STUDENT, QUANTIZED])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    terminal: Open, finished: Terminal, recipe: Recipe, title: str
+) -> None:
+    user = terminal(like=finished)
+    user.write(recipe)
+    whole = made(finished, title)
+    user.forget(whole)
+    pieces = Pieces(user, whole.key)
+    kill_in_the_middle(user, pieces)
+    before = pieces.attempts()
+    assert before, "no checkpoint was left"
+    assert user.store.find(whole.kind, whole.key) is None
+    assert user.versions() == 0
+    assert_sound(user)
+
+    with Watch(pieces) as watch:
+        done = user.compress()
+    assert_done(done, tuple({*BEFORE, TEACHER_CACHE, STUDENT, QUANTIZED} - {title}))
+    # What had been finished was not done again, and what had not been was.
+    last = max(before)
+    repeated = {
+        name for name, attempt in watch.seen if name <= last and attempt not in before.values()
+    }
+    assert repeated == set()
+    assert any(name > last for name, _ in watch.seen)
+    assert made(user, title).files == whole.files
+    assert pieces.names() == []
+    assert user.versions() == 1
+    assert_sound(user)
+
+
+def test_a_damaged_checkpoint_is_named_and_repaired(
+    terminal: Open, finished: Terminal, recipe: Recipe
+) -> None:
+    user = terminal(like=finished)
+    del recipe["quantization"]
+    user.write(recipe)
+    whole = made(finished, TEACHER_CACHE)
+    user.forget(whole)
+    pieces = Pieces(user, whole.key)
+    kill_in_the_middle(user, pieces)
+    first = next(
+        (pieces.folder / "files" / pieces.attempts()[pieces.names()[0]]).glob("*.safetensors")
+    )
+    _flip(first)
+    assert_refused(user.compress(), "is not the file that was saved", "store verify --repair")
+    assert user.type("store", "verify", "--repair").returncode == 1
+    assert_done(user.compress(), (*BEFORE, STUDENT))
+    assert made(user, TEACHER_CACHE).files == whole.files
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.chmod(0o644)
+    file.write_bytes(content)
