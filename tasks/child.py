@@ -1,7 +1,8 @@
-"""The process in which one stage works: `python -m tasks.child FOLDER`.
+"""The process in which one stage works: `python -m tasks.child FOLDER [PARENT]`.
 
 FOLDER holds request.json. The result is left there as record.json, an error as error.json.
-Progress goes to standard output, one JSON list a line; logs go to standard error.
+Progress goes to standard output, one JSON list a line; logs go to standard error. PARENT is the
+number of the flow's process, with which this one ends.
 """
 
 import ctypes
@@ -40,9 +41,9 @@ class Request(BaseModel):
     threads: int
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, parent: int | None = None) -> int:
     """Do what request.json asks; return 0, or 3 where error.json says what went wrong."""
-    _die_with_parent()
+    _die_with_parent(parent)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     request = Request.model_validate_json((folder / "request.json").read_text())
     progress = _Reporter()
@@ -143,11 +144,14 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int | None) -> None:
     """End when the flow's process is killed: a rerun must not meet its own ghost."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        # It may have been killed before anyone asked to hear of it.
+        if parent is not None and os.getppid() != parent:
+            sys.exit(FAILED)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), *map(int, sys.argv[2:])))

@@ -59,7 +59,7 @@ def _run(folder: Path, threads: int, progress: Progress) -> int:
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, "-m", "tasks.child", str(folder)]
+    command = [sys.executable, "-m", "tasks.child", str(folder), str(os.getpid())]
     with (
         (folder / "stderr.log").open("wb") as log,
         subprocess.Popen(

@@ -2,6 +2,7 @@ import errno
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 
 from stillroom.errors import OutOfMemoryError, SourceError, StageError, StoreError
 from stillroom.progress import silent
-from tasks.child import Request, explain
-from tasks.run_child import run_child
+from tasks.child import FAILED, Request
+from tasks.explain import explain
+from tasks.run_child import ROOT, run_child
 from tasks.sources import Source
 from tasks.stages import IMPORT_MODEL, Order
 
@@ -94,3 +96,12 @@ def test_what_the_machine_refused_is_said_plainly(
 
 def test_a_fault_of_ours_is_not_explained_away() -> None:
     assert explain(KeyError("x"), "quantize") is None
+
+
+def test_a_child_without_its_parent_does_not_begin(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (tmp_path / "request.json").write_text(request(tmp_path, tmp_path).model_dump_json())
+    command = [sys.executable, "-m", "tasks.child", str(tmp_path), str(ended.pid)]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == FAILED
+    assert not (tmp_path / "error.json").exists()
