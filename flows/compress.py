@@ -13,8 +13,8 @@ from flows.plan import planned_keys, resolve_source
 from flows.road import BASE_TEXT, Made, Measured, walk
 from stillroom.config import Recipe
 from stillroom.errors import StageError, StillroomError
+from stillroom.hardware import threads_here
 from tasks.explain import explain
-from tasks.hardware import threads_here
 from tasks.journal import Journal
 from tasks.judge import Candidate, judge_candidate
 from tasks.outcome import Outcome

@@ -13,7 +13,7 @@ from stillroom.config import (
     Text,
     Training,
 )
-from tasks.hardware import hardware_name, threads_here
+from stillroom.hardware import hardware_name, threads_here
 from tasks.sources import Source
 from tasks.stages import (
     CACHE_TEACHER,

@@ -6,7 +6,6 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from stillroom.config import Gates
-from stillroom.evaluation.figures import ReloadCheck
 from stillroom.evaluation.gates import GateBounds, GateFigures, GateResult, check_gates
 from tasks.explain import plainly
 from tasks.figures import Figures, read_figures, read_layers, read_reload
@@ -38,21 +37,21 @@ def judge_candidate(candidate: Candidate, bounds: Gates, journal: Journal) -> li
     store = journal.store
     figures = read_figures(store, candidate.evaluation)
     asked = {name: value for name, value in bounds.model_dump().items() if name in BOUNDS}
-    return check_gates(_figures(candidate, figures, journal), GateBounds(**asked))
+    gates = check_gates(_figures(candidate, figures, journal), GateBounds(**asked))
+    # A model that was only imported was exported by nobody: there is nothing to load afresh.
+    imported = "source" in candidate.model.inputs
+    return [gate for gate in gates if not (imported and gate.name == "reload")]
 
 
 def _figures(candidate: Candidate, figures: Figures, journal: Journal) -> GateFigures:
     store = journal.store
     layers = read_layers(store, candidate.model)
     champion = candidate.champion
-    # A model that was only imported was exported by nobody: its logits are what was measured.
-    untouched = candidate.model.section.get("trust_remote_code") is not None
-    reload = ReloadCheck(0.0, 1.0) if untouched else read_reload(candidate.model)
     return GateFigures(
         candidate=figures.quality,
         teacher=read_figures(store, candidate.teacher).quality,
         champion=read_figures(store, champion).quality if champion else None,
         cost=figures.cost,
         fallback_modules=tuple(layer["name"] for layer in layers if layer["fell_back"]),
-        reload=reload,
+        reload=read_reload(candidate.model),
     )

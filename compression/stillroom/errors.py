@@ -9,11 +9,10 @@
     │   ├── CorruptedError   a stored file is not the file that was stored
     │   └── StoreUnreachableError
     ├── ServiceUnreachableError   MLflow or Prefect does not answer
-    ├── StageError           a stage failed while it worked
-    │   ├── NotFiniteError   NaN or infinity where a number was expected
-    │   ├── NotPositiveDefiniteError   a Hessian that no damping makes invertible
-    │   └── OutOfMemoryError
-    └── GateError            a result is not good enough to be published
+    └── StageError           a stage failed while it worked
+        ├── NotFiniteError   NaN or infinity where a number was expected
+        ├── NotPositiveDefiniteError   a Hessian that no damping makes invertible
+        └── OutOfMemoryError
 
 Each message says what was expected, what came, and what to do.
 """
@@ -69,7 +68,3 @@ class NotPositiveDefiniteError(StageError):
 
 class OutOfMemoryError(StageError):
     """The machine ended a stage that asked for more memory than there is."""
-
-
-class GateError(StillroomError):
-    """A result is not good enough to be published."""

@@ -2,8 +2,6 @@
 
 import inspect
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from stillroom.errors import NotFiniteError, RecipeError
 from stillroom.evaluation.estimates import Estimate
 from stillroom.evaluation.figures import Cost
 from stillroom.evaluation.quality import evaluating
+from stillroom.hardware import processor, threads_here
 from stillroom.models import Task
 from stillroom.progress import Progress, silent
 
@@ -114,24 +113,14 @@ def memory_bytes(model: torch.nn.Module) -> int:
 
 def hardware() -> dict[str, str]:
     """Return what decides the speed here: processor, cores, threads, torch, GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
     return {
-        "cpu": _processor(),
-        "cores": str(cores),
+        "cpu": processor(),
+        "cores": str(threads_here()),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "gpu": gpu,
     }
-
-
-def _processor() -> str:
-    listing = Path("/proc/cpuinfo")
-    if listing.exists():
-        for line in listing.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _require_context(model: PreTrainedModel, task: Task, workload: Workload) -> None:

@@ -1,13 +1,8 @@
-"""What a measurement of speed was made on."""
+"""The machine that a measurement of speed was made on."""
 
 import os
 import platform
 from pathlib import Path
-
-
-def hardware_name(threads: int) -> str:
-    """Return the processor's name and how many threads work on it, such as "EPYC, 2 threads"."""
-    return f"{processor()}, {threads} threads"
 
 
 def processor() -> str:
@@ -23,3 +18,8 @@ def processor() -> str:
 def threads_here() -> int:
     """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def hardware_name(threads: int) -> str:
+    """Return the processor's name and how many threads work on it, such as "EPYC, 2 threads"."""
+    return f"{processor()}, {threads} threads"
