@@ -1,17 +1,16 @@
 """Read a GPTQ checkpoint folder: ours, or one that another quantizer wrote."""
 
 from pathlib import Path
-from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stillroom.blocks import write_weight
-from stillroom.errors import CorruptedError, SourceError
-from stillroom.models import Task, Weights, model_class, quiet, read_config
+from stillroom.errors import CorruptedError
+from stillroom.models import Task, Weights, model_class, quiet
+from stillroom.quantization.folder import open_quantized
 from stillroom.quantization.linear import QuantizedLinear
-from stillroom.quantization.packing import PARTS, CheckpointFormat, PackedWeight
 
 
 def load_quantized(
@@ -33,52 +32,21 @@ def load_quantized(
     from transformers import AutoConfig
     from transformers.initialization import no_init_weights
 
-    section = read_config(folder).get("quantization_config", {})
-    bits, checkpoint_format = _read_section(section, folder)
+    quantized = open_quantized(folder)
     config = AutoConfig.from_pretrained(str(folder))
     del config.quantization_config
     with quiet(), no_init_weights():
         model: PreTrainedModel = model_class(task).from_config(config, dtype=dtype)
     model.tie_weights()
-    state = _read_tensors(folder)
-    names = [key.removesuffix(".qweight") for key in state if key.endswith(".qweight")]
-    for name in names:
-        missing = [part for part in PARTS if f"{name}.{part}" not in state]
-        if missing:
-            raise CorruptedError(f"{folder}: {name} lacks {', '.join(missing)}; write it again")
-        packed = PackedWeight(*(state.pop(f"{name}.{part}") for part in PARTS))
-        layer = QuantizedLinear(packed, None, bits, checkpoint_format)
+    state = {name: quantized.files[name] for name in quantized.plain}
+    for name in quantized.layers:
+        packed, bits = quantized.packed(name)
+        layer = QuantizedLinear(packed, None, bits, quantized.checkpoint_format)
         _place(model, name, layer, state, dtype, weights)
-    dense = {f"{name}.weight" for name in names}
+    dense = {f"{name}.weight" for name in quantized.layers}
     _load_rest(model, state, dense, folder)
     model.train(False)
     return model
-
-
-def _read_section(section: dict[str, Any], folder: Path) -> tuple[int, CheckpointFormat]:
-    checkpoint_format = section.get("checkpoint_format", section.get("format", "gptq"))
-    known: tuple[str, ...] = get_args(CheckpointFormat)
-    if section.get("quant_method") != "gptq" or checkpoint_format not in known:
-        raise SourceError(
-            f"{folder}: expected a GPTQ checkpoint of format {' or '.join(known)}, got "
-            f"{section.get('quant_method')} of format {checkpoint_format}; requantize the model"
-        )
-    return int(section["bits"]), checkpoint_format
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    state: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        try:
-            state |= load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CorruptedError(f"{path} cannot be read: {error}; write it again") from error
-    if not state:
-        raise SourceError(f"{folder} holds no weights: expected model.safetensors")
-    return state
 
 
 def _place(
