@@ -38,6 +38,6 @@ def test_layers_may_differ_in_bits_and_groups(tmp_path, weights):
             for name, layer in loaded.named_modules()
             if isinstance(layer, QuantizedLinear)
         }
-        assert bits == {name: 4 for name in result.layers} | {
+        assert bits == dict.fromkeys(result.layers, 4) | {
             name: bits for name, (bits, _) in choices.items()
         }
