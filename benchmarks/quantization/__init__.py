@@ -1,0 +1,1 @@
+"""Quantizers compared on the same tensors, the same text and the same measure."""
