@@ -1,0 +1,102 @@
+"""Write a model folder one tensor at a time, so that no more than one file of it is in memory."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor
+
+from stillroom.errors import SourceError
+from stillroom.quantization.folder import INDEX
+
+SHARD_BYTES = 256 * 2**20
+WEIGHTS = "model.safetensors"
+# What other quantizers write beside config.json; after a conversion it would contradict it.
+STALE = ("quantize_config.json", "quant_config.json", "quant_log.csv")
+
+
+class ShardWriter:
+    """The safetensors files of a folder, each written as soon as it is full.
+
+    The files get their final names in `finish`: until then the folder holds no model.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.shard_bytes = shard_bytes
+        self._held: dict[str, Tensor] = {}
+        self._held_bytes = 0
+        self._total_bytes = 0
+        self._shards: list[list[str]] = []  # the names of the tensors in each file
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write the tensor with its file, now or later."""
+        size = tensor.numel() * tensor.element_size()
+        if self._held and self._held_bytes + size > self.shard_bytes:
+            self._flush()
+        self._held[name] = tensor.detach().cpu().contiguous()
+        self._held_bytes += size
+
+    def finish(self) -> None:
+        """Write what is left, give the files their names and, if there are several, an index."""
+        if self._held:
+            self._flush()
+        count = len(self._shards)
+        if count == 1:
+            self._part(0).rename(self.folder / WEIGHTS)
+            return
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards):
+            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._part(number).rename(self.folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def _flush(self) -> None:
+        from safetensors.torch import save_file
+
+        save_file(self._held, self._part(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(sorted(self._held))
+        self._total_bytes += self._held_bytes
+        self._held, self._held_bytes = {}, 0
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"part-{number:05d}.safetensors"
+
+
+@contextmanager
+def new_folder(folder: Path, target: Path) -> Iterator[Path]:
+    """Give a folder to write in that becomes `target` at the end, and vanishes on any failure.
+
+    It holds already what is neither weights nor config.json in `folder`, such as the tokenizer.
+
+    Raises:
+        SourceError: `target` holds something, or lies inside `folder`.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise SourceError(f"{target} must be a new or an empty folder; choose another")
+    if folder.resolve() in (target.resolve(), *target.resolve().parents):
+        raise SourceError(f"{target} lies inside {folder}, which it is made from; choose another")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+        written = Path(temporary) / "model"
+        written.mkdir()
+        for path in sorted(folder.iterdir()):
+            weights = path.suffix in (".safetensors", ".gguf") or path.name == INDEX
+            if path.is_file() and not weights and path.name not in ("config.json", *STALE):
+                shutil.copyfile(path, written / path.name)
+        yield written
+        if target.exists():
+            target.rmdir()
+        written.rename(target)
+
+
+def write_config(config: dict[str, Any], target: Path) -> None:
+    """Write config.json, as one writes it by hand: indented, keys sorted."""
+    (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
