@@ -1,26 +1,21 @@
-"""A linear layer that keeps its weight packed and dequantizes it when it is used."""
+"""A linear layer that keeps its weight packed and multiplies with it as it is."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from stillroom.quantization.packing import (
-    CheckpointFormat,
-    PackedWeight,
-    has_plain_groups,
-    unpack_rows,
-    unpack_zeros,
-)
+from stillroom.quantization.dequantization import PackedLinear, TorchKernel
+from stillroom.quantization.kernels import Kernel, choose_kernel
+from stillroom.quantization.packing import PARTS, CheckpointFormat, PackedWeight
 
 
 class QuantizedLinear(nn.Module):
     """y = x Wᵀ + b with W of 2, 3, 4 or 8 bits, in the tensors of a GPTQ checkpoint.
 
-    The whole weight is dequantized at each call and again in the backward pass, so that it never
-    stays in memory. Gradients reach the inputs, not the weight: it is frozen.
+    On a CPU the forward pass reads the packed weight; the backward pass dequantizes it, so that
+    it never stays in memory. Gradients reach the inputs, not the weight: it is frozen.
     """
 
     qweight: Tensor
@@ -41,32 +36,33 @@ class QuantizedLinear(nn.Module):
         self.checkpoint_format: CheckpointFormat = checkpoint_format
         self.in_features = packed.g_idx.shape[0]
         self.out_features = packed.scales.shape[1]
-        self.register_buffer("qweight", packed.qweight)
-        self.register_buffer("qzeros", packed.qzeros)
-        self.register_buffer("scales", packed.scales)
-        self.register_buffer("g_idx", packed.g_idx)
+        for part, tensor in packed.tensors().items():
+            self.register_buffer(part, tensor)
         self.register_buffer("bias", bias)
+        self._dequantizing = False
+        self._kernel: Kernel | None = None
+        self._of_kernel: dict[str, Tensor | None] = {}
+
+    @property
+    def kernel(self) -> str:
+        """The name of what multiplies here: "llvm-int4", or "torch", which dequantizes."""
+        return self._current_kernel().name
+
+    def use_torch(self, dequantizing: bool = True) -> None:
+        """Dequantize at each call, as a reference, or go back to the fastest kernel."""
+        self._dequantizing = dequantizing
+        self._forget_kernel()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight, (out, in), computed in float32."""
-        return self._transposed(dtype).T
-
-    def _transposed(self, dtype: torch.dtype) -> Tensor:
-        integers = unpack_rows(self.qweight, self.bits)  # (in, out)
-        zeros = unpack_zeros(self.qzeros, self.bits, self.checkpoint_format).float()
-        scales = self.scales.float()  # (groups, out)
-        groups = scales.shape[0]
-        if has_plain_groups(self.g_idx, groups):
-            values = integers.view(groups, -1, self.out_features).float()
-            values.sub_(zeros[:, None]).mul_(scales[:, None])
-            return values.view(self.in_features, self.out_features).to(dtype)
-        index = self.g_idx.long()
-        return ((integers.float() - zeros[index]) * scales[index]).to(dtype)
+        return self._parts().dequantize(dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the outputs, (..., out), for inputs (..., in) of any floating dtype."""
-        outputs: Tensor = _FrozenProduct.apply(inputs, self)  # type: ignore[no-untyped-call]
-        return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
+        if inputs.requires_grad and torch.is_grad_enabled():
+            outputs: Tensor = _FrozenProduct.apply(inputs, self)  # type: ignore[no-untyped-call]
+            return outputs
+        return self._multiply(inputs)
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """Return a dense layer with the same weight."""
@@ -79,23 +75,65 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Return what print shows of this layer."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bits={self.bits}, kernel={self.kernel}"
+        )
+
+    def _multiply(self, inputs: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+            return TorchKernel(self._parts())(inputs)  # a graph cannot hold an address
+        return self._current_kernel()(inputs)
+
+    def _current_kernel(self) -> Kernel:
+        """Return the kernel for the tensors that are here now, made at the first call."""
+        kernel, own, known = self._kernel, self._buffers, self._of_kernel
+        # A loop over the names would take longer than a small layer's product.
+        if (
+            kernel is None
+            or own["qweight"] is not known["qweight"]
+            or own["qzeros"] is not known["qzeros"]
+            or own["scales"] is not known["scales"]
+            or own["g_idx"] is not known["g_idx"]
+            or own["bias"] is not known["bias"]
+        ):
+            parts = self._parts()
+            kernel = TorchKernel(parts) if self._dequantizing else choose_kernel(parts)
+            self._kernel, self._of_kernel = kernel, dict(own)
+        return kernel
+
+    def _parts(self) -> PackedLinear:
+        packed = PackedWeight(*(getattr(self, part) for part in PARTS))
+        return PackedLinear(packed, self.bias, self.bits, self.checkpoint_format)
+
+    def _forget_kernel(self) -> None:
+        self._kernel = None
+        self._of_kernel = {}
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "QuantizedLinear":
         # A change of the model's dtype must not round the scales again: the weight would move.
         scales = self.scales
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.scales = scales.to(self.scales.device)
+        self._forget_kernel()  # memory may have moved below the same tensors
         return self
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        self._forget_kernel()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle takes: not the kernel, which holds addresses."""
+        return {**self.__dict__, "_kernel": None, "_of_kernel": {}}
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """x Wᵀ whose backward pass dequantizes W anew instead of keeping it."""
+    """x Wᵀ + b whose backward pass dequantizes W anew instead of keeping it."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        return functional.linear(inputs, layer.dequantize(inputs.dtype))
+        return layer._multiply(inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -126,7 +126,8 @@ def test_adapter_beside_quantized_layers_equals_the_one_beside_dense_layers():
     models = [add_lora(model, OPTIONS) for model in (packed, dense)]
     for model in models:
         disturb(model)
-    torch.testing.assert_close(logits(models[0]), logits(models[1]))
+    # Two orders of summation: each is as far from the sums in float64.
+    torch.testing.assert_close(logits(models[0]), logits(models[1]), rtol=1e-4, atol=1e-4)
     with models[0].disable_adapter():
         torch.testing.assert_close(logits(models[0]), logits(MODELS["quantized"]()))
 
