@@ -32,8 +32,8 @@ def test_a_fresh_load_gives_the_same_logits(tmp_path, kind, weights, bits, symme
     model, result = _saved(tmp_path, kind, QuantizationOptions(bits, 32, symmetric))
     loaded = load_quantized(tmp_path, task=TASKS[kind], weights=weights)
     expected, came = logits(model, rows()), logits(loaded, rows())
-    # A Conv1D adds its bias inside the product; packed, it is a plain linear layer.
-    bound = 0 if kind != "gpt2" or weights == "dense" else 1e-5
+    # Packed, the product is summed in another order.
+    bound = 0 if weights == "dense" else 1e-5
     assert (came - expected).abs().max() <= bound * expected.abs().max()
     packed = [m for m in loaded.modules() if isinstance(m, QuantizedLinear)]
     assert len(packed) == (len(result.layers) if weights == "packed" else 0)
@@ -44,7 +44,9 @@ def test_load_model_reads_the_folder_too(tmp_path):
     model, _ = _saved(tmp_path)
     for weights in ("packed", "dense"):
         loaded = load_model(tmp_path, weights=weights)
-        assert torch.equal(logits(loaded, rows()), logits(model, rows()))
+        torch.testing.assert_close(
+            logits(loaded, rows()), logits(model, rows()), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_the_folder_is_a_gptq_checkpoint(tmp_path):
@@ -82,7 +84,7 @@ def test_transformers_accepts_the_section(tmp_path):
 def test_skipped_layers_are_stored_as_they_are(tmp_path):
     model, result = _saved(tmp_path, skip=("*.down_proj",))
     loaded = load_quantized(tmp_path, weights="packed")
-    assert torch.equal(logits(loaded, rows()), logits(model, rows()))
+    torch.testing.assert_close(logits(loaded, rows()), logits(model, rows()), rtol=1e-5, atol=1e-5)
     for name in result.skipped:
         assert isinstance(loaded.get_submodule(name), torch.nn.Linear)
 
