@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gptqmodel demo demo-controls encoder test lint up down clean
+.PHONY: help install install-gptqmodel install-llama-cpp demo demo-controls encoder test lint up down clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -27,6 +27,11 @@ $(STAMP): constraints.txt pyproject.toml
 install-gptqmodel: $(STAMP) ## Add gptqmodel, which lets transformers load GPTQ checkpoints
 	$(PIP) optimum threadpoolctl
 	$(PIP) --no-deps gptqmodel==7.7.0 pypcre==0.6.4 tokenicer==0.0.14 logbar==0.4.15 device-smi==0.5.7 defuser==0.0.28
+
+# It compiles llama.cpp for this processor: gcc, cmake and, on one core, about 25 minutes.
+install-llama-cpp: $(STAMP) ## Add llama.cpp, which runs GGUF exports on a CPU
+	$(PIP) diskcache
+	$(PIP) --no-deps llama-cpp-python==0.3.36
 
 demo: $(STAMP) ## Run the main job: teacher to registered small model, in ten minutes
 	$(BIN)/python -m flows compress deployments/recipes/demo.yaml

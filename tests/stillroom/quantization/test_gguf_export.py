@@ -1,0 +1,318 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from stillroom.errors import CorruptedError, MismatchError, SourceError
+from stillroom.llama_engine import LlamaCppModel, has_llama_cpp
+from stillroom.models import load_model, load_tokenizer
+from stillroom.quantization.gguf_blocks import choose_type, encode_blocks, round_scales
+from stillroom.quantization.gguf_check import compare_gguf
+from stillroom.quantization.gguf_export import export_gguf
+from stillroom.quantization.weight import QuantizedWeight
+from tests.stillroom.quantization.gguf_models import (
+    OWN,
+    byte_tokenizer,
+    tiny_model,
+    write_checkpoint,
+)
+from tests.stillroom.tiny import tiny_bert_classifier, tiny_tokenizer
+
+gguf = pytest.importorskip("gguf", reason="the extra `builtin` is not installed")
+llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="make install-llama-cpp was not run")
+IDS = torch.arange(5, 45).unsqueeze(0)  # (1, 40)
+
+
+def decoded(weight, kind):
+    return torch.from_numpy(
+        gguf.dequantize(encode_blocks(weight, kind), gguf.GGMLQuantizationType[kind])
+    )
+
+
+def random_weight(seed, bits, group_size, zero=None, out=3, columns=192):
+    draw = torch.Generator().manual_seed(seed)
+    shape = (out, columns // group_size)
+    zeros = torch.randint(1, 2**bits, shape, generator=draw).to(torch.uint8)
+    return QuantizedWeight(
+        torch.randint(0, 2**bits, (out, columns), generator=draw).to(torch.uint8),
+        (torch.rand(shape, generator=draw) * 0.1 + 1e-6).half(),
+        zeros if zero is None else torch.full_like(zeros, zero),
+        bits,
+    )
+
+
+def tensors_of(file):
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+
+
+def fields_of(file):
+    return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([(2, None), (3, None), (3, 4), (4, 8), (4, None), (8, 128)]),
+    st.sampled_from([32, 64, 96, 192]),
+)
+def test_blocks_hold_the_weight(seed, grid, group_size):
+    bits, zero = grid
+    weight = random_weight(seed, bits, group_size, zero)
+    kind = choose_type(weight, "Q5_0")
+    assert kind == {8: "Q8_0", 4: "Q4_0" if zero else "Q5_0"}.get(bits, "Q4_0")
+    assert torch.equal(decoded(weight, kind), weight.dequantize())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([32, 64, 192]))
+def test_q4_1_is_as_exact_as_a_half_precision_minimum(seed, group_size):
+    weight = random_weight(seed, 4, group_size)
+    assert choose_type(weight) == "Q4_1"
+    error = (decoded(weight, "Q4_1") - weight.dequantize()).abs().view(3, -1, group_size)
+    minimum = weight.scales.float() * weight.zeros
+    assert (error <= (minimum - minimum.half().float()).abs()[..., None] * 1.001).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31))
+def test_rounded_scales_make_q4_1_exact(seed):
+    weight = random_weight(seed, 4, 32)
+    nearby = round_scales(weight)
+    assert torch.equal(decoded(nearby, "Q4_1"), nearby.dequantize())
+    assert torch.equal(nearby.integers, weight.integers)
+    change = nearby.scales.float() / weight.scales.float() - 1
+    assert change[weight.scales > 1e-4].abs().max() <= 0.0075
+
+
+@pytest.mark.parametrize("zero", range(1, 16))
+def test_no_nearer_scale_is_exact(zero):
+    halves = np.arange(1, 0x6C01, dtype=np.uint16).view(np.float16)  # all up to 4096
+    scales = torch.from_numpy(halves)[:, None]
+    zeros = torch.full_like(scales, zero, dtype=torch.uint8)
+    weight = QuantizedWeight(torch.zeros(len(halves), 32, dtype=torch.uint8), scales, zeros, 4)
+    came = round_scales(weight).scales[:, 0].double()
+    exact = scales[(scales.double() * zero).half().double() == scales.double() * zero].double()
+    assert torch.isin(came, exact).all()
+    above = torch.searchsorted(exact, scales[:, 0].double()).clamp_max(len(exact) - 1)
+    wanted = scales[:, 0].double()
+    nearest = (
+        (exact[above] - wanted).abs().minimum((exact[(above - 1).clamp_min(0)] - wanted).abs())
+    )
+    assert torch.equal((came - wanted).abs(), nearest)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (random_weight(0, 4, 16), "multiple of 32"),
+        (random_weight(0, 4, 48), "multiple of 32"),
+        (random_weight(0, 8, 32, zero=100), "symmetric: true"),
+    ],
+)
+def test_what_no_block_holds_is_refused(weight, message):
+    with pytest.raises(MismatchError, match=message):
+        choose_type(weight)
+
+
+def test_scales_beyond_half_precision_are_refused():
+    weight = random_weight(0, 4, 32)
+    from stillroom.errors import NotFiniteError
+
+    with pytest.raises(NotFiniteError):
+        encode_blocks(replace(weight, scales=torch.full_like(weight.scales, 60000.0)), "Q4_1")
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric", "held"),
+    [
+        (2, 32, False, "2-bit as Q4_0"),
+        (3, 64, False, "3-bit as Q4_0"),
+        (4, -1, True, "4-bit as Q4_0"),
+        (4, 32, False, "4-bit as Q4_1"),
+        (8, 64, True, "8-bit as Q8_0"),
+    ],
+)
+def test_the_file_holds_the_checkpoint(tmp_path, bits, group_size, symmetric, held):
+    model = tiny_model("llama")
+    write_checkpoint(model, tmp_path, bits, group_size, symmetric=symmetric)
+    report = export_gguf(tmp_path, tmp_path / "model.gguf", embeddings="F32")
+    assert report == compare_gguf(tmp_path, tmp_path / "model.gguf")
+    assert report.layers == {held: 14}
+    assert report.largest_embedding_error == 0
+    exact = held != "4-bit as Q4_1"
+    assert (report.largest_weight_error == 0) == exact == (report.inexact_layers == {})
+    assert report.largest_error_steps < 0.01
+    assert report.size_bytes == (tmp_path / "model.gguf").stat().st_size
+
+
+def test_options_of_the_export(tmp_path):
+    write_checkpoint(tiny_model("llama"), tmp_path)
+    file = tmp_path / "model.gguf"
+    plain = export_gguf(tmp_path, file)
+    assert plain.types == {"Q4_1": 14, "Q8_0": 2, "F32": 5}
+    assert 0 < plain.largest_embedding_error < 0.01
+    lossless = export_gguf(tmp_path, file, asymmetric="Q5_0", embeddings="F16")
+    assert lossless.types == {"Q5_0": 14, "F16": 2, "F32": 5}
+    assert lossless.largest_weight_error == 0
+    export_gguf(tmp_path, file, exact_zeros=True)
+    for tensor in tensors_of(file).values():
+        if tensor.tensor_type.name == "Q4_1":
+            pairs = tensor.data.reshape(-1, 20)[:, :4].copy().view(np.float16).astype(np.float64)
+            zeros = -pairs[:, 1] / pairs[:, 0]
+            assert np.array_equal(zeros, zeros.round())
+
+
+def test_rows_of_q_and_k_are_reordered_and_no_others(tmp_path):
+    write_checkpoint(tiny_model("llama"), tmp_path, symmetric=True)
+    export_gguf(tmp_path, tmp_path / "model.gguf")
+    stored = tensors_of(tmp_path / "model.gguf")
+    model = load_model(tmp_path).model.layers[1].self_attn
+    for name, heads in (("q", 4), ("k", 2), ("v", 0)):
+        tensor = stored[f"blk.1.attn_{name}.weight"]
+        came = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+        rows = model.get_submodule(f"{name}_proj").weight.detach()
+        if heads:  # of each head: row 0 of the first half, row 0 of the second, row 1 …
+            pairs = rows.view(heads, 2, 8, 64)
+            rows = torch.stack([pairs[:, half, i] for i in range(8) for half in range(2)], 1)
+        assert torch.equal(came, rows.reshape(-1, 64))
+
+
+def test_metadata(tmp_path):
+    write_checkpoint(tiny_model("mistral", sliding_window=128), tmp_path)
+    export_gguf(tmp_path, tmp_path / "model.gguf")
+    fields = fields_of(tmp_path / "model.gguf")
+    assert fields["general.architecture"] == "llama"
+    assert fields["llama.context_length"] == 128  # beyond the window it would be another model
+    assert fields["llama.attention.head_count_kv"] == 2
+    assert fields["llama.attention.key_length"] == 32
+    assert fields["tokenizer.ggml.model"] == "gpt2"
+    assert fields["tokenizer.ggml.pre"] == "gpt-2"
+    assert fields["tokenizer.ggml.bos_token_id"] == 1
+    assert fields["tokenizer.ggml.add_bos_token"] is False
+    assert fields["tokenizer.chat_template"] == "{{ messages[0]['content'] }}"
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    assert tokens[:4] == ["<pad>", "<s>", "</s>", "<unk>"]
+    assert (types[1], types[9], types[tokens.index("<tool>")], types[-1]) == (3, 1, 4, 5)
+    assert len(tokens) == 288
+
+
+def test_what_gguf_has_no_words_for_is_refused(tmp_path):
+    from stillroom.models import save_model
+
+    write_checkpoint(tiny_model("llama", hidden_act="relu"), tmp_path / "relu")
+    write_checkpoint(tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True), tmp_path / "scaled")
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}
+    write_checkpoint(tiny_model("qwen2", rope_parameters=yarn), tmp_path / "yarn")
+    write_checkpoint(tiny_model("llama"), tmp_path / "words", tokenizer=tiny_tokenizer())
+    write_checkpoint(tiny_model("llama"), tmp_path / "narrow", group_size=16)
+    write_checkpoint(
+        tiny_bert_classifier(hidden=64, labels=8), tmp_path / "bert", tokenizer=tiny_tokenizer()
+    )
+    for name, message in {
+        "relu": "relu came",
+        "scaled": "scale_attn_by_inverse_layer_idx: False",
+        "yarn": "yarn came",
+        "words": "WordLevel came",
+        "narrow": r"down_proj: expected groups of a multiple of 32",
+        "bert": "bert came",
+    }.items():
+        with pytest.raises(MismatchError, match=message):
+            export_gguf(tmp_path / name, tmp_path / name / "model.gguf")
+        assert not list((tmp_path / name).glob("model.gguf*"))
+    save_model(tiny_model("llama"), byte_tokenizer(), tmp_path / "dense")
+    with pytest.raises(SourceError, match="expected a GPTQ checkpoint"):
+        export_gguf(tmp_path / "dense", tmp_path / "model.gguf")
+
+
+def test_a_tensor_without_a_place_is_named(tmp_path):
+    write_checkpoint(tiny_model("llama"), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file(state | {"model.extra.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(MismatchError, match=r"model\.extra\.weight has no place"):
+        export_gguf(tmp_path, tmp_path / "model.gguf")
+
+
+def test_a_file_of_another_checkpoint_is_found_out(tmp_path):
+    write_checkpoint(tiny_model("llama"), tmp_path / "one", symmetric=True)
+    write_checkpoint(tiny_model("llama", 1), tmp_path / "two", symmetric=True)
+    write_checkpoint(tiny_model("llama", num_hidden_layers=1), tmp_path / "short", symmetric=True)
+    export_gguf(tmp_path / "one", tmp_path / "model.gguf")
+    report = compare_gguf(tmp_path / "two", tmp_path / "model.gguf")
+    assert report.largest_weight_error > 0.01
+    assert len(report.inexact_layers) == 14
+    export_gguf(tmp_path / "short", tmp_path / "model.gguf")
+    with pytest.raises(CorruptedError, match="lacks blk"):
+        compare_gguf(tmp_path / "one", tmp_path / "model.gguf")
+
+
+def test_the_folder_loads_as_before(tmp_path):
+    write_checkpoint(tiny_model("llama"), tmp_path)
+    before = load_model(tmp_path)(input_ids=IDS).logits
+    export_gguf(tmp_path, tmp_path / "model.gguf")
+    assert torch.equal(load_model(tmp_path)(input_ids=IDS).logits, before)
+    assert len(load_tokenizer(tmp_path)) == len(byte_tokenizer())
+
+
+def test_transformers_reads_the_file(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    write_checkpoint(tiny_model("llama"), tmp_path, symmetric=True)
+    export_gguf(tmp_path, tmp_path / "model.gguf", embeddings="F32")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
+    )
+    expected = load_model(tmp_path)(input_ids=IDS).logits
+    torch.testing.assert_close(model(input_ids=IDS).logits, expected)
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        *((kind, {}) for kind in OWN),
+        ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+        ("llama", {"rope_parameters": LLAMA3}),
+        ("qwen3", {"rope_parameters": LINEAR}),
+        ("gpt_neox", {"use_parallel_residual": False}),
+        ("phi", {"tie_word_embeddings": True}),
+    ],
+)
+@llama_cpp
+def test_llama_cpp_gives_the_same_logits(tmp_path, kind, more):
+    model = tiny_model(kind, **more)
+    write_checkpoint(model, tmp_path)
+    export_gguf(tmp_path, tmp_path / "model.gguf", embeddings="F32")
+    with torch.inference_mode():
+        expected = model(input_ids=IDS).logits[0]
+    came = torch.from_numpy(LlamaCppModel(tmp_path / "model.gguf", 1).logits(IDS[0].tolist()))
+    # llama.cpp rounds a layer's inputs to 8 bits.
+    assert (came - expected).abs().max() < 0.03 * expected.abs().max()
+    divergence = expected.softmax(-1) * (expected.log_softmax(-1) - came.log_softmax(-1))
+    assert divergence.sum(-1).mean() < 2e-4
+
+
+@llama_cpp
+def test_a_vocabulary_may_stay_out(tmp_path):
+    model = tiny_model("llama")
+    write_checkpoint(model, tmp_path, tokenizer=tiny_tokenizer())
+    export_gguf(tmp_path, tmp_path / "model.gguf", vocabulary="none")
+    came = LlamaCppModel(tmp_path / "model.gguf", 1).logits([5, 6, 7])
+    assert came.shape == (3, 288)
+
+
+def test_the_config_says_nothing_of_the_export(tmp_path):
+    write_checkpoint(tiny_model("llama"), tmp_path)
+    before = json.loads((tmp_path / "config.json").read_text())
+    export_gguf(tmp_path, tmp_path / "model.gguf")
+    assert json.loads((tmp_path / "config.json").read_text()) == before
