@@ -1,0 +1,204 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from stillroom.blocks import find_blocks, find_linears, read_weight, write_weight
+from stillroom.errors import DataError, NotFiniteError, RecipeError
+from stillroom.quantization.allocation import LayerChoice, allocate, packed_bytes, repair
+from stillroom.quantization.options import QuantizationOptions
+from stillroom.quantization.sensitivity import (
+    gptq_with,
+    kl_measure,
+    measure_costs,
+    replaced,
+    rounding,
+    tied_layers,
+)
+from tests.stillroom.rows import token_rows
+from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
+from tests.stillroom.tiny_decoders import tiny_gpt2
+
+OFFERS = [LayerChoice(bits, group) for bits in (2, 3, 4, 8) for group in (32, 64)]
+OPTIONS = QuantizationOptions(damping=0.05)
+
+
+@dataclass
+class _Weight:
+    linear: torch.nn.Module
+
+    def read(self):
+        return read_weight(self.linear)
+
+    def write(self, values):
+        write_weight(self.linear, values)
+
+
+def _weights(model):
+    prefix, blocks = find_blocks(model)
+    return {
+        f"{prefix}.{i}.{name}": _Weight(linear)
+        for i, block in enumerate(blocks)
+        for name, linear in find_linears(block).items()
+    }
+
+
+def _tied(model):
+    data = token_rows(1)
+    return tied_layers(model, list(_weights(model)), data.input_ids, data.attention_mask)
+
+
+def _last(groups):
+    return [[name.split(".")[-1] for name in group] for group in groups]
+
+
+def test_layers_that_share_their_input_are_tied():
+    groups = _tied(tiny_llama())
+    one_block = [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
+    assert _last(groups) == 2 * one_block
+    assert groups[4][0] == "model.layers.1.self_attn.q_proj"
+    assert _last(_tied(tiny_gpt2()))[:4] == [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]]
+    assert _last(_tied(tiny_bert_classifier()))[0] == ["query", "key", "value"]
+
+
+def test_a_layer_that_is_not_called_stands_alone():
+    model = tiny_llama()
+    model.model.layers[0].mlp.spare = torch.nn.Linear(32, 32)
+    model.model.layers[1].mlp.spare = torch.nn.Linear(32, 32)
+    assert _last(_tied(model)).count(["spare"]) == 2
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bert_classifier])
+def test_the_measure_is_the_kl_divergence(make):
+    model = make()
+    data = token_rows()
+    measure = kl_measure(model, data, tokens=10**6, batch_size=4)
+    assert measure() == 0
+    before = model(input_ids=data.input_ids).logits.float().log_softmax(-1).detach()
+    for weight in list(_weights(model).values())[:3]:
+        weight.write(weight.read() * 0.5)
+    after = model(input_ids=data.input_ids).logits.float().log_softmax(-1).detach()
+    expected = (before.exp() * (before - after)).sum(-1).mean()
+    assert expected > 1e-5
+    assert measure() == pytest.approx(float(expected), rel=1e-2)
+
+
+@torch.no_grad()
+def test_few_tokens_are_spread_over_the_rows_and_padding_is_left_out():
+    model = tiny_llama()
+    data = token_rows(6, 16, padding=4)
+    weight = _weights(model)["model.layers.0.mlp.up_proj"]
+    measure = kl_measure(model, data, tokens=10)
+    before = model(data.input_ids, attention_mask=data.attention_mask).logits.log_softmax(-1)
+    weight.write(weight.read() * 0.5)
+    after = model(data.input_ids, attention_mask=data.attention_mask).logits.log_softmax(-1)
+    mask = data.attention_mask.bool()
+    each = (before.exp() * (before - after)).sum(-1)[mask]  # 84 real tokens
+    assert measure() == pytest.approx(float(each[8::9].mean()), rel=1e-4)
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(DataError, match="calibration rows"):
+        kl_measure(tiny_llama(), token_rows(0))
+
+
+def _costs(model, offers=OFFERS, quantize=None):
+    measure = kl_measure(model, token_rows())
+    quantize = quantize or rounding(OPTIONS)
+    return list(measure_costs(_weights(model), _tied(model), offers, measure, quantize))
+
+
+def test_costs_fall_with_bits_bytes_are_exact_and_the_model_stays_as_it_was():
+    model = tiny_llama(hidden=64)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    costs = _costs(model)
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+    assert [group.layers for group in costs] == _tied(model)
+    for group in costs:
+        assert [each.choice for each in group.options] == OFFERS
+        by_bits = [each.cost for each in group.options if each.choice.group_size == 64]
+        assert by_bits == sorted(by_bits, reverse=True)
+        assert by_bits[0] > 10 * by_bits[-1] > 0
+    down = costs[3].options[2]  # 3 bits in groups of 32
+    assert down.size_bytes == packed_bytes(64, 128, 3, 32)
+    attention = costs[0].options[0]
+    assert attention.size_bytes == packed_bytes(64, 64, 2, 32) + 2 * packed_bytes(32, 64, 2, 32)
+
+
+def test_a_cost_is_what_replacing_only_this_group_costs():
+    model = tiny_llama(hidden=64)
+    costs = _costs(model)
+    measure = kl_measure(model, token_rows())
+    quantize, weights = rounding(OPTIONS), _weights(model)
+    for name in costs[5].layers:
+        weights[name].write(quantize(name, weights[name].read(), OFFERS[1]))
+    assert measure() == costs[5].options[1].cost
+
+
+def test_offers_that_do_not_fit_are_left_out():
+    costs = _costs(tiny_llama(hidden=64), [LayerChoice(4, 128), LayerChoice(4, 64)])
+    assert [len(group.options) for group in costs] == [1, 1, 1, 2] * 2
+    with pytest.raises(RecipeError, match=r"q_proj, and none of 1 does.*48"):
+        _costs(tiny_llama(hidden=64), [LayerChoice(4, 48)])
+
+
+def test_a_loss_that_is_no_number_names_the_layer():
+    model = tiny_llama(hidden=64)
+    with pytest.raises(NotFiniteError, match=r"layers\.0\.self_attn\.q_proj at 2 bits"):
+        _costs(model, quantize=lambda name, W, choice: W * torch.nan)
+    assert torch.isfinite(model.model.layers[0].self_attn.q_proj.weight).all()
+
+
+def test_layers_are_quantized_again_only_when_their_choice_changes():
+    weights, calls = _weights(tiny_llama(hidden=64)), []
+    names = list(weights)[:2]
+
+    def quantize(name, W, choice):
+        calls.append((name, choice.bits))
+        return W * choice.bits
+
+    original = weights[names[0]].read().clone()
+    with replaced(weights, quantize) as replace_by:
+        replace_by({names[0]: LayerChoice(2, 32), names[1]: LayerChoice(3, 32)})
+        replace_by({names[0]: LayerChoice(2, 32), names[1]: LayerChoice(4, 32)})
+        assert torch.equal(weights[names[0]].read(), 2 * original)
+    assert calls == [(names[0], 2), (names[1], 3), (names[1], 4)]
+    assert torch.equal(weights[names[0]].read(), original)
+
+
+def test_gptq_takes_the_place_of_rounding_where_there_is_a_hessian():
+    W = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    X = torch.randn(100, 8, generator=torch.Generator().manual_seed(1)) @ torch.randn(
+        8, 64, generator=torch.Generator().manual_seed(2)
+    )
+    quantize, choice = gptq_with({"a": 2 * X.T @ X / 100}, OPTIONS), LayerChoice(3, 32)
+    lost = {name: float(((quantize(name, W, choice) - W) @ X.T).square().sum()) for name in "ab"}
+    assert lost["a"] < 0.7 * lost["b"]
+    assert torch.equal(quantize("b", W, choice), rounding(OPTIONS)("b", W, choice))
+
+
+def test_mixed_bits_lose_less_than_one_choice_for_all_of_the_same_bytes():
+    model = tiny_llama(hidden=64, layers=3)
+    weights, quantize, measure = _weights(model), rounding(OPTIONS), kl_measure(model, token_rows())
+    costs = list(measure_costs(weights, _tied(model), OFFERS, measure, quantize))
+    uniform = LayerChoice(3, 64)
+    budget = sum(packed_bytes(*weight.read().shape, 3, 64) for weight in weights.values())
+    start = allocate(costs, budget)
+    with replaced(weights, quantize) as replace_by:
+
+        def joint(allocation):
+            replace_by(allocation.layers)
+            return measure()
+
+        found = repair(costs, start, budget, joint)
+        replace_by(dict.fromkeys(weights, uniform))
+        lost = measure()
+    assert found.allocation.size_bytes <= budget
+    assert len({choice.bits for choice in found.allocation.layers.values()}) > 1
+    assert found.joint_after <= found.joint_before
+    assert found.joint_after < 0.8 * lost
