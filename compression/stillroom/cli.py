@@ -5,25 +5,50 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from stillroom.errors import StillroomError
+from stillroom.errors import SourceError, StillroomError
+
+FORMATS = ("gptq", "gptq_v2", "compressed-tensors", "gguf")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, or 2 with one line on stderr."""
     options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (StillroomError, OSError) as error:
+        print(f"stillroom: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _pull(options: argparse.Namespace) -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # Without a bound of our own, MLflow retries an unreachable server for minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
     from stillroom.pull import pull
 
-    try:
-        pull(options.model, options.folder, merged=options.merged, tracking_uri=options.tracking)
-    except (StillroomError, OSError) as error:
-        print(f"stillroom: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    pull(options.model, options.folder, merged=options.merged, tracking_uri=options.tracking)
     print(_hint(options.folder))
-    return 0
+
+
+def _export(options: argparse.Namespace) -> None:
+    from stillroom.quantization.convert import check_export, export_folder
+
+    written = export_folder(options.folder, options.target, options.format)
+    print(f"{written} written as {options.format}", flush=True)
+    if options.no_check:
+        return
+    try:
+        check = check_export(options.folder, written)
+    except SourceError as error:
+        print(f"its logits were not compared: {error}")
+        return
+    print(
+        f"loaded afresh, its logits differ by {check.relative:.1e} of the largest logit at most "
+        f"({check.max_difference:.3g} of {check.max_logit:.3g}, float32, 64 random tokens)"
+    )
 
 
 def _hint(folder: Path) -> str:
@@ -34,9 +59,16 @@ def _hint(folder: Path) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="stillroom", description="Fetch small models that Stillroom made."
+        prog="stillroom",
+        description="Fetch small models that Stillroom made, and write them in other formats.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_pull(commands)
+    _add_export(commands)
+    return parser
+
+
+def _add_pull(commands: Any) -> None:
     pull = commands.add_parser(
         "pull",
         help="fetch a registered model, verified",
@@ -54,7 +86,28 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="MLflow's address; without it MLFLOW_TRACKING_URI",
     )
-    return parser
+    pull.set_defaults(run=_pull)
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a quantized model in another format, and compare its logits",
+        description="Write a GPTQ checkpoint in another format: GPTQ's version 1 or 2, "
+        "compressed-tensors (vLLM, transformers) or GGUF (llama.cpp). The result is loaded afresh "
+        "and its logits compared; on any failure nothing is left behind.",
+    )
+    export.add_argument("folder", type=Path, help="a GPTQ checkpoint, such as pull leaves")
+    export.add_argument(
+        "target", type=Path, help="a new or empty folder; for gguf also a file that ends in .gguf"
+    )
+    export.add_argument("--format", choices=FORMATS, required=True)
+    export.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not compare logits, which takes the memory of both models",
+    )
+    export.set_defaults(run=_export)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,21 @@ import torch
 from transformers import PreTrainedModel
 
 from stillroom.data.examples import Examples
-from stillroom.errors import SourceError
+from stillroom.errors import MismatchError, SourceError
 from stillroom.evaluation.figures import ReloadCheck
+from stillroom.evaluation.quality import predict
 from stillroom.evaluation.reload import measure_reload
 from stillroom.models import Task, load_model, load_pretrained, read_config
 
-ExportFormat = Literal["gptq", "gptq_v2", "compressed-tensors"]
+ExportFormat = Literal["gptq", "gptq_v2", "compressed-tensors", "gguf"]
+# What these formats hold is what was there, so their logits differ by the order of sums at most.
+LARGEST_DIFFERENCE = 1e-3  # of the largest logit
 
 
-def export_folder(folder: Path, target: Path, export_format: ExportFormat) -> None:
-    """Write the GPTQ checkpoint in `folder` to the new or empty folder `target`.
+def export_folder(folder: Path, target: Path, export_format: ExportFormat) -> Path:
+    """Write the GPTQ checkpoint in `folder` to the new or empty folder `target`; return the result.
+
+    A GGUF is one file: `target` itself where it ends in .gguf, else model.gguf in it.
 
     Raises:
         SourceError: `folder` holds no GPTQ checkpoint, or `target` is not empty.
@@ -31,12 +36,37 @@ def export_folder(folder: Path, target: Path, export_format: ExportFormat) -> No
             from stillroom.quantization.compressed_tensors import export_compressed_tensors
 
             export_compressed_tensors(folder, target)
+        case "gguf":
+            from stillroom.quantization.gguf_export import export_gguf
+
+            target = target if target.suffix == ".gguf" else target / "model.gguf"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            export_gguf(folder, target)
+    return target
 
 
-def measure_export(folder: Path, target: Path, *, rows: int = 2, length: int = 32) -> ReloadCheck:
-    """Load both folders afresh in float32 and compare their logits on `rows` rows of random ids.
+def check_export(folder: Path, written: Path) -> ReloadCheck:
+    """Return how far the logits of an export are from those of `folder`, as `measure_export` does.
 
-    `length` is in tokens. A compressed-tensors folder is read by transformers, any other by us.
+    Raises:
+        SourceError: one of them cannot be loaded.
+        MismatchError: a format that holds the same numbers gives other logits.
+    """
+    check = measure_export(folder, written)
+    if written.suffix != ".gguf" and not check.relative <= LARGEST_DIFFERENCE:
+        raise MismatchError(
+            f"{written} does not compute what {folder} computes: its logits differ by "
+            f"{check.relative:.1e} of the largest, expected {LARGEST_DIFFERENCE:.0e} or less; "
+            f"do not use it, and report this"
+        )
+    return check
+
+
+def measure_export(folder: Path, written: Path, *, rows: int = 2, length: int = 32) -> ReloadCheck:
+    """Load both afresh and compare their logits, in float32, on `rows` rows of random ids.
+
+    `length` is in tokens. A GGUF runs under llama.cpp, transformers loads compressed-tensors, and
+    any other folder is read by us. Both models are in memory at the same time.
 
     Raises:
         SourceError: one of them cannot be loaded.
@@ -45,7 +75,20 @@ def measure_export(folder: Path, target: Path, *, rows: int = 2, length: int = 3
     task = task_of(config.get("architectures"))
     examples = random_examples(int(config["vocab_size"]), rows, length)
     original = load_model(folder, task=task, dtype=torch.float32)
-    return measure_reload(original, load_export(target, task), examples, rows=rows)
+    if written.suffix == ".gguf":
+        return _compare_gguf(original, written, examples)
+    return measure_reload(original, load_export(written, task), examples, rows=rows)
+
+
+def _compare_gguf(original: PreTrainedModel, file: Path, examples: Examples) -> ReloadCheck:
+    from stillroom.llama_engine import LlamaCppModel
+
+    engine = LlamaCppModel(file)
+    expected = predict(original, examples).float()  # (rows, length, vocab)
+    came = torch.stack(
+        [torch.from_numpy(engine.logits(row)) for row in examples.input_ids.tolist()]
+    )
+    return ReloadCheck(float((came - expected).abs().max()), float(expected.abs().max()))
 
 
 def load_export(target: Path, task: Task) -> PreTrainedModel:
@@ -61,8 +104,8 @@ def load_export(target: Path, task: Task) -> PreTrainedModel:
         return load_pretrained(target, task=task, dtype=torch.float32)
     except ImportError as error:
         raise SourceError(
-            f"{target} is written, but its logits could not be compared: transformers needs the "
-            f"package compressed-tensors to load it; pip install compressed-tensors"
+            f"{target}: transformers needs the package compressed-tensors to load it; "
+            f"pip install 'compressed-tensors<0.18'"
         ) from error
 
 
