@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from stillroom.errors import CorruptedError, SourceError
 from stillroom.hardware import threads_here
 
+GGUF_FILE = "model.gguf"  # in a model's folder, beside its safetensors
 SMALLEST_CONTEXT = 512  # tokens
 
 

@@ -1,17 +1,21 @@
 """What MLflow loads and asks: a registered base or adapter behind `predict`.
 
 The registered version carries this package along, and nothing of it is pickled: its code file
-calls `as_pyfunc`, and the model is read from safetensors.
+calls `as_pyfunc`, and the model is read from safetensors. Where the version holds a GGUF export
+and llama.cpp is installed, that decodes instead of torch; the tokenizer is the same.
 """
 
+import json
+import logging
 import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stillroom.contents import Contents, read_contents
-from stillroom.errors import MismatchError
+from stillroom.errors import MismatchError, RecipeError
+from stillroom.llama_engine import GGUF_FILE, LlamaCppModel, has_llama_cpp
 
 # The code file of every registered version.
 CODE = """\
@@ -20,16 +24,24 @@ from stillroom.serving import as_pyfunc
 
 set_model(as_pyfunc())
 """
-DEFAULT_CONFIG: dict[str, Any] = {"weights": "dense", "dtype": "float32", "device": "cpu"}
+DEFAULT_CONFIG: dict[str, Any] = {
+    "weights": "dense",
+    "dtype": "float32",
+    "device": "cpu",
+    "engine": "auto",
+}
+Engine = Literal["torch", "llama.cpp"]
 DEFAULT_NEW_TOKENS = 32
 CLASSIFIED_AT_ONCE = 16
+logger = logging.getLogger(__name__)
 
 
 def as_pyfunc() -> Any:
     """Return what MLflow takes for a model: it loads a `ServedModel` and passes questions on.
 
     `model_config` of `mlflow.pyfunc.load_model` may set `weights` ("dense", or "packed" to keep a
-    quantized model's integers in memory), `dtype` and `device`.
+    quantized model's integers in memory), `dtype` and `device`, and `engine`: "auto" takes
+    "llama.cpp" where the version holds a GGUF export that it can run, else "torch".
     """
     from pandas import DataFrame
 
@@ -61,8 +73,11 @@ class ServedModel:
         """Load the model from the version's files, and an adapter's base from the registry."""
         self.config = {**DEFAULT_CONFIG, **config}
         self.contents = contents
+        self.engine = choose_engine(self.config, folder, contents)
         load = self._load if contents.base is None else self._load_adapted
-        self.model, self.tokenizer = load(folder)
+        self.model, self.tokenizer = (
+            self._load_gguf(folder) if self.engine == "llama.cpp" else load(folder)
+        )
 
     def predict(self, model_input: Any, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> Any:
         """Return a table with a row for each text.
@@ -93,6 +108,12 @@ class ServedModel:
         )
         return model.to(self.config["device"]), load_tokenizer(folder)
 
+    def _load_gguf(self, folder: Path) -> tuple[Any, Any]:
+        from stillroom.models import load_tokenizer
+
+        self.stop_ids = read_stop_ids(folder)
+        return LlamaCppModel(folder / GGUF_FILE), load_tokenizer(folder)
+
     def _load_adapted(self, adapter: Path) -> tuple[Any, Any]:
         from stillroom.adapters.lora import load_adapter
         from stillroom.pull import fetch_base, open_client
@@ -106,30 +127,36 @@ class ServedModel:
 
     def _generate(self, texts: list[str], max_new_tokens: int) -> Any:
         import pandas
-        import torch
 
         generated = []
         # One by one: padding changes the rounding, and a greedy choice may hang on it.
         for text in texts:
-            encoded = self.tokenizer(text, return_tensors="pt")
-            ids = encoded["input_ids"].to(self.config["device"])  # (1, tokens)
-            if ids.shape[1] == 0:
-                ids = ids.new_tensor([[self._start_id()]], dtype=torch.long)
-            with torch.inference_mode():
-                output = self.model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    pad_token_id=self._pad_id(),
-                )
-            fresh = output[0, ids.shape[1] :]  # (new tokens,)
+            ids = self.tokenizer(text)["input_ids"] or [self._start_id()]
+            if self.engine == "llama.cpp":
+                fresh = self.model.continue_greedily(ids, max_new_tokens, self.stop_ids)
+            else:
+                fresh = self._continue_in_torch(ids, max_new_tokens)
             generated.append(self.tokenizer.decode(fresh, skip_special_tokens=True))
         return pandas.DataFrame({"generated": generated})
+
+    def _continue_in_torch(self, ids: list[int], max_new_tokens: int) -> list[int]:
+        import torch
+
+        prompt = torch.tensor([ids], device=self.config["device"])  # (1, tokens)
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=self._pad_id(),
+            )
+        fresh: list[int] = output[0, len(ids) :].tolist()
+        return fresh
 
     def _classify(self, texts: list[str]) -> Any:
         import pandas
@@ -165,6 +192,59 @@ class ServedModel:
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return int(pad if pad is not None else self._start_id())
+
+
+def choose_engine(config: Mapping[str, Any], folder: Path, contents: Contents) -> Engine:
+    """Return what runs a version's model: the engine that `config` asks for, or the faster one.
+
+    Raises:
+        RecipeError: `config` names no engine.
+        MismatchError: it asks for llama.cpp, which cannot run this version here.
+    """
+    wanted = config["engine"]
+    if wanted == "torch":
+        return "torch"
+    if wanted not in ("auto", "llama.cpp"):
+        raise RecipeError(
+            f"model_config: expected engine auto, torch or llama.cpp; {wanted} came; leave it out "
+            f"for auto"
+        )
+    obstacle = _obstacle(config, folder, contents)
+    if obstacle is None:
+        return "llama.cpp"
+    if wanted == "llama.cpp":
+        raise MismatchError(
+            f"model_config: engine llama.cpp needs a causal LM with a GGUF export, and llama.cpp; "
+            f"{obstacle}; leave engine out to decode with torch"
+        )
+    if (folder / GGUF_FILE).exists():
+        logger.warning("torch decodes, though the version holds a GGUF export: %s", obstacle)
+    return "torch"
+
+
+def _obstacle(config: Mapping[str, Any], folder: Path, contents: Contents) -> str | None:
+    """Return why llama.cpp cannot run a version here."""
+    if contents.task != "causal_lm":
+        return f"this version is for {contents.task}"
+    if contents.base is not None:
+        return "this version is an adapter"
+    if not (folder / GGUF_FILE).exists():
+        return f"this version holds no {GGUF_FILE}: register one made with quantization.gguf: true"
+    if config["device"] != "cpu":
+        return f"device is {config['device']}, and exports are run on the CPU"
+    if not has_llama_cpp():
+        return "llama-cpp-python is not installed: pip install llama-cpp-python"
+    return None
+
+
+def read_stop_ids(folder: Path) -> frozenset[int]:
+    """Return the tokens that end a text, as `generate` of transformers reads them."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists():
+            ids = json.loads((folder / name).read_text()).get("eos_token_id")
+            if ids is not None:
+                return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
 
 
 def texts_of(model_input: Any) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from stillroom.errors import MismatchError, SourceError
+from stillroom.llama_engine import GGUF_FILE
 from stillroom.quantization.gguf_blocks import (
     AsymmetricType,
     BlockType,
@@ -28,7 +29,7 @@ from stillroom.quantization.gguf_tensors import (
 from stillroom.quantization.gguf_vocabulary import write_vocabulary
 from stillroom.quantization.weight import QuantizedWeight
 
-GGUF_FILE = "model.gguf"
+__all__ = ["GGUF_FILE", "GgufReport", "export_gguf"]
 VocabularyMode = Literal["full", "none"]
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,169 @@
+import json
+import logging
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import stillroom.serving
+from stillroom.contents import BaseReference, Contents, list_files, verify_files
+from stillroom.errors import MismatchError, RecipeError, SourceError
+from stillroom.llama_engine import GGUF_FILE, LlamaCppModel, has_llama_cpp
+from stillroom.models import load_model, load_tokenizer
+from stillroom.quantization.gguf_export import export_gguf
+from stillroom.serving import DEFAULT_CONFIG, ServedModel, choose_engine, read_stop_ids
+from tasks.registry import register_base
+from tests.registering import new_place
+from tests.stillroom.quantization.gguf_models import tiny_model, write_checkpoint
+
+pytest.importorskip("gguf", reason="the extra `builtin` is not installed")
+llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="make install-llama-cpp was not run")
+TEXTS = ["the thing", "in 12 of", ""]
+CONTENTS = Contents("base", "causal_lm", "a" * 64, "Apache-2.0", ())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write_checkpoint(tiny_model("llama", tie_word_embeddings=True), folder, 8, symmetric=True)
+    export_gguf(folder, folder / GGUF_FILE)
+    return folder
+
+
+def chosen(folder, contents=CONTENTS, **config):
+    return choose_engine({**DEFAULT_CONFIG, **config}, folder, contents)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    monkeypatch.setattr(stillroom.serving, "has_llama_cpp", lambda: True)
+
+
+@pytest.fixture
+def absent(monkeypatch):
+    monkeypatch.setattr(stillroom.serving, "has_llama_cpp", lambda: False)
+
+
+def test_llama_cpp_decodes_where_it_can(folder, installed):
+    assert chosen(folder) == "llama.cpp"
+    assert chosen(folder, engine="llama.cpp") == "llama.cpp"
+    assert chosen(folder, engine="torch") == "torch"
+    assert chosen(folder, device="cuda") == "torch"
+
+
+def test_torch_decodes_elsewhere(folder, tmp_path, absent, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert chosen(tmp_path) == "torch"
+        assert not caplog.records
+        assert chosen(folder) == "torch"
+    assert "llama-cpp-python is not installed" in caplog.text
+    answer = ServedModel(folder, CONTENTS, {}).predict(TEXTS, max_new_tokens=4)
+    assert list(answer.columns) == ["generated"]
+    assert len(answer) == 3
+
+
+def test_an_engine_that_cannot_run_is_refused(folder, tmp_path, absent, installed):
+    classifier = Contents("base", "sequence_classification", "a" * 64, "Apache-2.0", ())
+    base = BaseReference("tiny", "1", "a" * 64, ())
+    adapter = Contents("adapter", "causal_lm", "b" * 64, "Apache-2.0", (), base)
+    for where, contents, message in (
+        (tmp_path, CONTENTS, r"holds no model\.gguf.*quantization\.gguf: true"),
+        (folder, classifier, "for sequence_classification"),
+        (folder, adapter, "an adapter"),
+    ):
+        with pytest.raises(MismatchError, match=message):
+            chosen(where, contents, engine="llama.cpp")
+    with pytest.raises(RecipeError, match="vllm came"):
+        chosen(folder, engine="vllm")
+
+
+def test_an_engine_that_is_not_installed_is_refused(folder, absent):
+    with pytest.raises(MismatchError, match="pip install llama-cpp-python"):
+        chosen(folder, engine="llama.cpp")
+
+
+def test_without_llama_cpp_the_engine_says_what_to_do(folder, monkeypatch):
+    monkeypatch.setattr("stillroom.llama_engine.has_llama_cpp", lambda: False)
+    with pytest.raises(SourceError, match="make install-llama-cpp"):
+        LlamaCppModel(folder / GGUF_FILE)
+
+
+def test_tokens_that_end_a_text(tmp_path):
+    assert read_stop_ids(tmp_path) == frozenset()
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2}))
+    assert read_stop_ids(tmp_path) == {2}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    assert read_stop_ids(tmp_path) == {2, 7}
+
+
+def test_the_export_is_one_of_the_contents(folder, tmp_path):
+    listed = list_files(folder)
+    assert GGUF_FILE in {entry.path for entry in listed}
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    verify_files(copied, listed, "tiny")
+    assert load_model(copied).config.model_type == "llama"
+
+
+@llama_cpp
+def test_both_engines_answer_the_same(folder):
+    answers = {}
+    for engine in ("torch", "llama.cpp"):
+        served = ServedModel(folder, CONTENTS, {"engine": engine})
+        assert served.engine == engine
+        answers[engine] = served.predict(TEXTS, max_new_tokens=8)
+    assert answers["torch"].equals(answers["llama.cpp"])
+    assert all(answers["torch"]["generated"])
+
+
+@llama_cpp
+def test_a_text_ends_where_the_model_ends_it(folder):
+    model = LlamaCppModel(folder / GGUF_FILE, 1)
+    ids = load_tokenizer(folder)("the thing")["input_ids"]
+    fresh = model.continue_greedily(ids, 8, ())
+    assert model.continue_greedily(ids, 8, {fresh[3]}) == fresh[: fresh.index(fresh[3])]
+    assert model.continue_greedily(ids, 0, ()) == []
+
+
+@llama_cpp
+def test_a_long_text_makes_room(folder):
+    model = LlamaCppModel(folder / GGUF_FILE, 1)
+    ids = torch.randint(4, 260, (700,), generator=torch.Generator().manual_seed(0)).tolist()
+    fresh = model.continue_greedily(ids, 3, ())
+    assert len(fresh) == 3
+    assert int(model.logits(ids)[-1].argmax()) == fresh[0]
+
+
+ASK = """
+import json, sys
+import mlflow
+mlflow.set_tracking_uri(sys.argv[1])
+for engine in ("auto", "torch", "llama.cpp"):
+    model = mlflow.pyfunc.load_model(sys.argv[2], model_config={"engine": engine})
+    answer = model.predict(json.loads(sys.argv[3]), params={"max_new_tokens": 6})
+    print(json.dumps([model.unwrap_python_model().served.engine, answer.to_dict("list")]))
+"""
+
+
+@llama_cpp
+@pytest.mark.filterwarnings("ignore:The ``noload``")
+def test_a_registered_version_runs_its_export(folder, tmp_path, monkeypatch):
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.setenv(name, "unset")
+    place = new_place(tmp_path)
+    made = register_base(place.client, place.candidate("tiny", folder, "a" * 64))
+    done = subprocess.run(
+        # -I: the version's own code must do, without this repository.
+        [sys.executable, "-I", "-c", ASK, place.uri, made.uri, json.dumps(TEXTS[:2])],
+        cwd=tmp_path,
+        env={"OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    engines, answers = zip(*map(json.loads, done.stdout.splitlines()[-3:]), strict=True)
+    assert engines == ("llama.cpp", "torch", "llama.cpp")
+    assert answers[0] == answers[1] == answers[2]
