@@ -13,6 +13,7 @@ class Costs:
         self.started = (time.monotonic(), cpu_seconds())
         self.imported = self.started
         self.ended = self.started
+        self.peak = 0
 
     def loaded(self) -> None:
         """Note that the imports are done: the work begins."""
@@ -21,14 +22,15 @@ class Costs:
     def finished(self) -> None:
         """Note that the quantized checkpoint is written."""
         self.ended = (time.monotonic(), cpu_seconds())
+        self.peak = peak_bytes()
 
     def report(self) -> dict[str, float]:
-        """Return seconds from `loaded` to `finished`, and the peak up to now in bytes."""
+        """Return seconds from `loaded` to `finished`, and the peak up to then in bytes."""
         return {
             "import_cpu_seconds": self.imported[1] - self.started[1],
             "cpu_seconds": self.ended[1] - self.imported[1],
             "wall_seconds": self.ended[0] - self.imported[0],
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": self.peak,
             "load_average": self.load_average,
         }
 

@@ -1,6 +1,6 @@
 """Quantize a model folder with GPTQModel and write the dense weights; runs in its environment.
 
-    python peer_gptqmodel.py JOB.json
+    python with_gptqmodel.py JOB.json
 
 The job names `model`, `tokens`, `draw`, `bits`, `group_size`, `symmetric`, `variant` and `out`.
 """
@@ -15,33 +15,36 @@ from costs import Costs
 # on this work, the set with the lowest KL: see README.md.
 VARIANTS: dict[str, dict] = {
     "default": {},
-    "best": {"mse": 2.4, "act_group_aware": False, "desc_act": True, "static_groups": True},
+    "best": {"mse": 2.4, "act_group_aware": True, "damp_percent": 0.1, "dtype": "float32"},
 }
 
 
 def main(job: dict) -> None:
     """Do the job and leave `out`.safetensors and `out`.json."""
     costs = Costs()
+    import torch
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
     from safetensors.torch import load_file, save_file
 
     ids = load_file(job["tokens"])[f"calibration_{job['draw']}"]
     calibration = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
     chosen = VARIANTS[job["variant"]] | job.get("options", {})
+    # Without a dtype it takes bfloat16 on a CPU, whatever the checkpoint holds.
+    dtype = getattr(torch, chosen.pop("dtype", ""), "auto")
     chosen = {name: _built(name, value) for name, value in chosen.items()}
     config = QuantizeConfig(
         bits=job["bits"], group_size=job["group_size"], sym=job["symmetric"], **chosen
     )
     costs.loaded()
-    model = GPTQModel.load(job["model"], config, device="cpu", dtype="float32")
+    model = GPTQModel.load(job["model"], config, device="cpu", dtype=dtype)
     model.quantize(calibration, batch_size=1)
     packed = Path(job["out"] + ".packed")
     model.save(str(packed))
     costs.finished()
-    config_used = {name: str(value) for name, value in vars(config).items()}
+    used = {name: str(value) for name, value in vars(config).items()} | {"dtype": str(dtype)}
     dense, stored = _dense(GPTQModel.load(str(packed), backend=BACKEND.GPTQ_TORCH, device="cpu"))
     save_file(dense, job["out"] + ".safetensors")
-    report = costs.report() | {"stored_bytes": stored, "options": config_used}
+    report = costs.report() | {"stored_bytes": stored, "options": used}
     Path(job["out"] + ".json").write_text(json.dumps(report, indent=1))
 
 
