@@ -10,7 +10,7 @@ STAMP := $(VENV)/installed
 .PHONY: help install install-gptqmodel install-llama-cpp demo demo-controls encoder test lint up down clean
 
 help: ## Say what there is
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-24s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## Set everything up in .venv
 
@@ -50,6 +50,12 @@ lint: $(STAMP) ## Check format, style, types and layering
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench-quantization: $(STAMP) ## Quantizers side by side, at most 90 minutes; FULL=1 for all of it
+	$(BIN)/python -m benchmarks.quantization
+
+bench-quantization-peers: $(STAMP) ## Make the peers' environments, which the benchmark does itself
+	$(BIN)/python -m benchmarks.quantization.peers.environments
 
 up: $(STAMP) ## Start Prefect, MLflow and a worker on loopback
 	$(BIN)/python -m flows up

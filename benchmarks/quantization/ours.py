@@ -2,7 +2,8 @@
 
     python -m benchmarks.quantization.ours JOB.json
 
-The job is the same as the peers', and `kill_after` ends the process after so many blocks.
+The job is the same as the peers', and may name besides: `rows`, other than the draw's 16;
+`checkpoints`, a folder to continue from; `kill_after`, the blocks after which the process dies.
 """
 
 import json
@@ -24,7 +25,8 @@ def main(job: dict[str, Any]) -> None:
     from stillroom.quantization.folder import open_quantized
 
     options = _options(job)
-    ids = load_file(job["tokens"])[f"calibration_{job['draw']}"].repeat(job.get("repeats", 1), 1)
+    ids = load_file(job["tokens"])[f"calibration_{job['draw']}"]
+    ids = ids.repeat(2, 1)[: job.get("rows", len(ids))]
     costs.loaded()
     packed = Path(job["out"] + ".packed")
     _quantize(job, Rows(ids, ids.new_ones(ids.shape)), options, packed)

@@ -1,0 +1,122 @@
+"""Gather rows and measurements into results.json, the table and the plot."""
+
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from benchmarks.quantization.cells import SHORT, Cell, table_cells, timing_cells
+from benchmarks.quantization.claims import Claim, quality_claims, speed_claims
+from benchmarks.quantization.floor import floor_seconds, sgemm_rate
+from benchmarks.quantization.measures import keep, measure_path
+from benchmarks.quantization.places import HERE, ROOT, bench_folder
+from benchmarks.quantization.rows import read_row
+from benchmarks.quantization.work import CALIBRATION_ROWS, LENGTH, text_source
+
+RESULTS = HERE / "results.json"
+PLOT = HERE / "quantization.png"
+SHOWN = ("kl", "perplexity", "bytes", "cpu_seconds", "peak_bytes")
+
+
+def measure_floor() -> None:
+    """Keep the sgemm rate and the floor that follows from it."""
+    rate = sgemm_rate()
+    seconds = floor_seconds(SHORT, CALIBRATION_ROWS, LENGTH, rate)
+    keep("floor", [], flops_per_cpu_second=rate, cpu_seconds=seconds)
+
+
+def finished_rows(cells: list[Cell]) -> list[dict[str, Any]]:
+    """Return the rows that are done, in the order of the cells."""
+    found = [(cell, read_row(cell)) for cell in cells]
+    return [row | {"name": cell.name} for cell, row in found if row is not None]
+
+
+def gather() -> list[Claim]:
+    """Write results.json and the plot from what is done, and return the claims."""
+    from benchmarks.quantization.plot import plot
+
+    rows = finished_rows(table_cells())
+    timed = finished_rows(timing_cells())
+    measures = {path.stem: json.loads(path.read_text()) for path in _measure_files()}
+    claims = quality_claims(rows)
+    if "floor" in measures:
+        claims += speed_claims(timed, measures["floor"]["cpu_seconds"])
+    for found in measures.values():
+        claims += [Claim(**each) for each in found.pop("claims")]
+    written = {
+        **_circumstances(),
+        "rows": [_short(row) for row in rows + timed],
+        "measures": measures,
+        "claims": [claim.as_json() for claim in claims],
+    }
+    RESULTS.write_text(json.dumps(written, indent=1) + "\n")
+    if rows:
+        plot(rows, PLOT)
+    return claims
+
+
+def print_table() -> None:
+    """Print the rows, a line each; a cell that was not run is marked with a dash."""
+    print(f"{'row':58} {'KL':>8} {'ppl':>8} {'MB':>7} {'CPU s':>8} {'peak GB':>8}")
+    for cell in table_cells() + timing_cells():
+        row = read_row(cell)
+        values = [None] * len(SHOWN) if row is None else [row.get(key) for key in SHOWN]
+        formats = ("8.4f", "8.2f", "7.2f", "8.1f", "8.2f")
+        units = (1, 1, 1e6, 1, 1e9)
+        texts = [
+            format(value / unit, form) if value is not None else "-".rjust(int(form[0]))
+            for value, unit, form in zip(values, units, formats, strict=True)
+        ]
+        print(f"{cell.name:58} {' '.join(texts)}")
+
+
+def print_claims(claims: list[Claim]) -> None:
+    """Print each claim with its bound and what was measured."""
+    for claim in claims:
+        error = "" if claim.standard_error is None else f" ± {claim.standard_error:.4g}"
+        verdict = "holds" if claim.holds else "FAILS"
+        print(f"{verdict}  {claim.claim}: {claim.measured:.4g}{error} (bound {claim.bound:.4g})")
+
+
+def _measure_files() -> list[Any]:
+    return sorted(measure_path("any").parent.glob("*.json"))
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with its long lists rounded."""
+    lists = {
+        key: [round(each, 4) for each in row[key]] for key in ("row_kl", "row_nll") if key in row
+    }
+    return row | lists
+
+
+def _circumstances() -> dict[str, Any]:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    ).stdout.strip()
+    return {
+        "benchmark": "quantization",
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit,
+        "full": os.environ.get("FULL") == "1",
+        "hardware": {"processor": _processor(), "cores": os.cpu_count()},
+        "versions": {"torch": version("torch"), "transformers": version("transformers")},
+        "text": text_source(),
+        "folder": str(bench_folder().relative_to(ROOT)),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if "model name" in line]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor()
