@@ -1,5 +1,6 @@
 """Where a model's repeated blocks and their linear layers are, read off its module tree."""
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -17,20 +18,104 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         RecipeError: no ModuleList qualifies.
     """
-    found: tuple[str, nn.ModuleList] | None = None
-    most = 0
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len({type(item) for item in module}) != 1:
-            continue
-        size = sum(parameter.numel() for parameter in module.parameters())
-        if size > most and all(find_linears(item) for item in module):
-            found, most = (name, module), size
-    if found is None:
+    found = _lists_of_blocks(model)
+    if not found:
         raise RecipeError(
             f"expected a model with repeated blocks that hold linear layers; "
             f"{type(model).__name__} has no such ModuleList; use a transformer"
         )
+    return max(found.items(), key=lambda item: _size(item[1]))
+
+
+def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return every list of repeated blocks by its dotted name: an encoder's and a decoder's.
+
+    A model that is not an encoder with a decoder has one.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    prefix, blocks = find_blocks(model)
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return {prefix: blocks}
+    found = _lists_of_blocks(model)
+    outermost = [name for name in found if not any(_is_below(name, other) for other in found)]
+    return {name: found[name] for name in outermost if len(found[name]) > 1 or name == prefix}
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """A weight matrix that inputs are multiplied by: a layer's, or one expert's of a mixture."""
+
+    module: nn.Module
+    parameter: str
+    expert: int | None = None  # which slice of a parameter (experts, …)
+    transposed: bool = False  # stored as (in, out)
+
+    @property
+    def stored(self) -> Tensor:
+        """The matrix as it lies in the model, a view without gradients."""
+        whole = cast(Tensor, getattr(self.module, self.parameter)).detach()
+        return whole if self.expert is None else whole[self.expert]
+
+    def read(self) -> Tensor:
+        """Return the weight as (out, in), whichever way it is stored."""
+        return self.stored.T if self.transposed else self.stored
+
+    @torch.no_grad()
+    def write(self, values: Tensor) -> None:
+        """Replace the weight by `values`, (out, in), in place."""
+        self.read().copy_(values)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The layer's (out, in)."""
+        out, columns = self.read().shape
+        return out, columns
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The layer's bias, (out,); an expert's is not told apart."""
+        bias = getattr(self.module, "bias", None)
+        return bias if self.expert is None and isinstance(bias, nn.Parameter) else None
+
+
+def find_weights(module: nn.Module) -> dict[str, LinearWeight]:
+    """Return every weight matrix below `module` by dotted name, in definition order.
+
+    The fused parameter (experts, out, in) of a mixture gives one matrix an expert, named as if each
+    expert were a module: experts.3.down_proj.
+    """
+    found = {
+        name: LinearWeight(child, "weight", transposed=not isinstance(child, nn.Linear))
+        for name, child in find_linears(module).items()
+    }
+    for name, child in module.named_modules():
+        # transformers marks the modules whose parameters are stacked experts.
+        turned = getattr(child, "is_transposed", None)
+        if turned is None:
+            continue
+        for parameter, tensor in child.named_parameters(recurse=False):
+            if tensor.dim() == 3:
+                for expert in range(tensor.shape[0]):
+                    full_name = f"{name}.{expert}.{parameter}" if name else f"{expert}.{parameter}"
+                    found[full_name] = LinearWeight(child, parameter, expert, bool(turned))
     return found
+
+
+def weight_at(model: nn.Module, name: str) -> LinearWeight:
+    """Return the weight of the layer `name`, as `find_weights` of the whole model names it.
+
+    Raises:
+        AttributeError: the model has no such layer.
+    """
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        parent, expert, parameter = name.rsplit(".", 2)
+        module = model.get_submodule(parent)
+        return LinearWeight(module, parameter, int(expert), bool(module.is_transposed))
+    return LinearWeight(module, "weight", transposed=_is_conv1d(module))
 
 
 def find_linears(module: nn.Module) -> dict[str, nn.Module]:
@@ -39,19 +124,42 @@ def find_linears(module: nn.Module) -> dict[str, nn.Module]:
     The keys are dotted names relative to `module`. Subclasses of nn.Linear are left out: their
     forward may do something else with the weight.
     """
+    return {
+        name: child
+        for name, child in module.named_modules()
+        if name and (type(child) is nn.Linear or _is_conv1d(child))
+    }
+
+
+def _is_conv1d(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
-    kinds = (nn.Linear, Conv1D)
-    return {name: child for name, child in module.named_modules() if type(child) in kinds and name}
+    return type(module) is Conv1D
+
+
+def _lists_of_blocks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len({type(item) for item in module}) == 1
+        and all(find_linears(item) for item in module)
+    }
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _is_below(name: str, other: str) -> bool:
+    return name.startswith(f"{other}.")
 
 
 def read_weight(linear: nn.Module) -> Tensor:
     """Return the weight of a linear layer as (out, in), whichever way it is stored."""
-    weight = cast(Tensor, linear.weight).detach()
-    return weight if isinstance(linear, nn.Linear) else weight.T
+    return LinearWeight(linear, "weight", transposed=_is_conv1d(linear)).read()
 
 
-@torch.no_grad()
 def write_weight(linear: nn.Module, values: Tensor) -> None:
     """Replace the weight of a linear layer by `values`, (out, in), in place."""
-    read_weight(linear).copy_(values)
+    LinearWeight(linear, "weight", transposed=_is_conv1d(linear)).write(values)

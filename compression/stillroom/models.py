@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -20,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from stillroom.errors import SourceError
 
-Task = Literal["causal_lm", "sequence_classification"]
+Task = Literal["causal_lm", "sequence_classification", "seq2seq_lm"]
 Weights = Literal["dense", "packed"]
 
 
@@ -31,6 +32,8 @@ def model_class(task: Task) -> Any:
             return AutoModelForCausalLM
         case "sequence_classification":
             return AutoModelForSequenceClassification
+        case "seq2seq_lm":
+            return AutoModelForSeq2SeqLM
 
 
 def load_model(

@@ -14,6 +14,9 @@ from tasks.store.record import Record
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from stillroom.models import Weights
+    from stillroom.quantization.streaming import OnDisk
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -37,25 +40,39 @@ class Bench:
         """What the models are for: causal_lm or sequence_classification."""
         return self.section["task"]
 
-    def load(self, folder: Path) -> "PreTrainedModel":
+    def load(self, folder: Path, weights: "Weights" = "dense") -> "PreTrainedModel":
         """Return the model in `folder`, on the device that the recipe asks for.
 
         Raises:
             RecipeError: the machine has no such device.
             SourceError: the folder holds no model.
         """
-        import torch
-
         from stillroom.models import load_model
 
-        device = self.section["device"]
+        model = load_model(folder, task=self.task, weights=weights)
+        return model.to(self._device())  # type: ignore[no-any-return, arg-type]
+
+    def open_streamed(self, folder: Path) -> "tuple[PreTrainedModel, OnDisk]":
+        """Return the model in `folder` without its blocks, and the blocks, which come when needed.
+
+        Raises:
+            RecipeError: the machine has no such device as the recipe asks for.
+            SourceError: the folder holds no model.
+        """
+        from stillroom.quantization.streaming import open_streamed
+
+        return open_streamed(folder, task=self.task, device=self._device())
+
+    def _device(self) -> str:
+        import torch
+
+        device: str = self.section["device"]
         if device == "cuda" and not torch.cuda.is_available():
             raise RecipeError(
                 "execution.device: cuda is asked for and this machine has none; set it to cpu, or "
                 "run on a machine with a GPU"
             )
-        model = load_model(folder, task=self.task)
-        return model.to(device)  # type: ignore[no-any-return]
+        return device
 
     def source(self, role: str) -> Source:
         """Return the resolved source of `role`."""

@@ -2,14 +2,18 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, fields
+from typing import Any
 
 from stillroom.data.prepare import load_prepared
-from stillroom.evaluation.reload import measure_reload
+from stillroom.evaluation.figures import ReloadCheck
 from stillroom.models import load_tokenizer
-from stillroom.quantization.export import save_quantized
+from stillroom.quantization.accounting import require_perplexity, summarise
+from stillroom.quantization.export import check_folder, save_quantized
 from stillroom.quantization.options import QuantizationOptions
-from stillroom.quantization.sequential import QuantizationResult, quantize_model
+from stillroom.quantization.sequential import quantize_model
+from stillroom.quantization.weight import LayerAccount
 from tasks.work.bench import Bench, Result
 from tasks.work.training import reload_metrics
 
@@ -18,35 +22,93 @@ OPTIONS = {field.name for field in fields(QuantizationOptions)}
 
 def work(bench: Bench) -> Result:
     """Write a GPTQ checkpoint, and layers.json with the account of each layer."""
-    section, base = bench.section, bench.inputs["base"]
-    calibration = load_prepared(bench.inputs["data"]).calibration
-    model = bench.load(base)
+    section = bench.section
     options = QuantizationOptions(**{k: v for k, v in section.items() if k in OPTIONS})
+    rows = load_prepared(bench.inputs["data"]).calibration
+    do = _with_gptqmodel if section["engine"] == "gptqmodel" else _with_stillroom
+    accounts, reload, metrics = do(bench, rows, options)
+    (bench.output / "layers.json").write_text(json.dumps(_listed(accounts), indent=1))
+    metrics |= summarise(accounts) | reload_metrics(reload)
+    if section["gguf"]:
+        metrics |= _write_gguf(bench)
+    return Result(licence=bench.licence("base"), metrics=metrics)
+
+
+Done = tuple[Sequence[LayerAccount], ReloadCheck, dict[str, float]]
+
+
+def _with_stillroom(bench: Bench, rows: Any, options: QuantizationOptions) -> Done:
+    section, base = bench.section, bench.inputs["base"]
+    metrics: dict[str, float] = {}
+    layer_options = None
+    if section["mixed"]:
+        layer_options, metrics = _mixed_bits(bench, rows, options)
+    model, blocks = bench.open_streamed(base)
     result = quantize_model(
         model,
-        calibration,
+        rows,
         options,
+        blocks=blocks,
+        layer_options=layer_options,
         skip=tuple(section["skip"]),
         checkpoints=bench.checkpoints,
         progress=bench.progress,
     )
-    save_quantized(model, load_tokenizer(base), result, bench.output)
-    (bench.output / "layers.json").write_text(json.dumps(_account(result), indent=1))
-    reload = measure_reload(model, bench.load(bench.output), calibration)
-    errors = sorted(account.relative_error for account in result.accounts)
-    metrics = {
-        "quantized_layers": float(len(result.layers)),
-        "fallback_layers": float(result.fallbacks),
-        "median_relative_error": errors[len(errors) // 2],
-        "largest_relative_error": errors[-1],
+    if section["max_perplexity_ratio"] and bench.task == "causal_lm":
+        bound = section["max_perplexity_ratio"]
+        metrics["calibration_perplexity_ratio"] = require_perplexity(model, blocks, result, bound)
+    save_quantized(model, load_tokenizer(base), result, bench.output, blocks=blocks)
+    reload = check_folder(bench.output, result, bench.task, section["device"])
+    return result.accounts, reload, metrics
+
+
+def _with_gptqmodel(bench: Bench, rows: Any, options: QuantizationOptions) -> Done:
+    from stillroom.evaluation.reload import measure_reload
+    from stillroom.quantization.gptqmodel_engine import quantize_with_gptqmodel
+
+    base, skip = bench.inputs["base"], tuple(bench.section["skip"])
+    accounts = quantize_with_gptqmodel(base, rows, options, bench.output, skip=skip)
+    # What it computed in memory is gone: two fresh loads, packed and dense, check each other.
+    packed = bench.load(bench.output, weights="packed")
+    return accounts, measure_reload(packed, bench.load(bench.output), rows), {}
+
+
+def _mixed_bits(
+    bench: Bench, rows: Any, options: QuantizationOptions
+) -> tuple[dict[str, QuantizationOptions], dict[str, float]]:
+    from stillroom.quantization.allocation import LayerChoice
+    from stillroom.quantization.mixed import choose_bits
+
+    mixed = bench.section["mixed"]
+    sizes = mixed["group_sizes"] or [options.group_size]
+    offers = [LayerChoice(bits, size) for bits in mixed["bits"] for size in sizes]
+    layers, found = choose_bits(
+        bench.load(bench.inputs["base"]),
+        rows,
+        options,
+        offers,
+        mixed["max_bytes"],
+        tokens=mixed["measured_tokens"],
+        progress=bench.progress,
+    )
+    return layers, {
+        "mixed_size_bytes": float(found.allocation.size_bytes),
+        "mixed_predicted_kl_nats": found.allocation.cost,
+        "mixed_joint_kl_nats": found.joint_after,
     }
-    return Result(licence=bench.licence("base"), metrics=metrics | reload_metrics(reload))
 
 
-def _account(result: QuantizationResult) -> list[dict[str, object]]:
+def _write_gguf(bench: Bench) -> dict[str, float]:
+    from stillroom.quantization.gguf_export import export_gguf
+
+    report = export_gguf(bench.output, bench.output / "model.gguf")
+    return {"gguf_largest_weight_error": report.largest_weight_error}
+
+
+def _listed(accounts: Sequence[LayerAccount]) -> list[dict[str, object]]:
     return [
-        {"name": name, "block": _block(name)} | asdict(layer.account)
-        for name, layer in result.layers.items()
+        {"name": account.name, "block": _block(account.name)} | asdict(account)
+        for account in accounts
     ]
 
 

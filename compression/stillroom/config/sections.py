@@ -160,11 +160,27 @@ class Distillation(Section):
         return self
 
 
+class MixedBits(Section):
+    """Different bits for different layers, so that a budget of bytes buys the least loss."""
+
+    max_bytes: Count
+    """Bytes of all quantized layers together, with scales and zero points, at most."""
+    bits: Annotated[tuple[Literal[2, 3, 4, 8], ...], Field(min_length=1)] = (2, 3, 4, 8)
+    """Bits that a layer may get."""
+    group_sizes: tuple[Annotated[int, Field(ge=-1, le=65536)], ...] = ()
+    """Group sizes that a layer may get; empty: quantization.group_size alone."""
+    measured_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    """Tokens of calibration text on which each choice is measured."""
+
+
 class Quantization(Section):
     """How the weights inside the blocks become integers."""
 
-    method: Literal["gptq", "rtn"] = "gptq"
-    """gptq: rounding errors are made good in the columns that follow; rtn: round to nearest."""
+    method: Literal["gptq", "obq", "rtn"] = "gptq"
+    """gptq: rounding errors are made good in the columns that follow; obq: the cheapest weight
+    first, for small layers; rtn: round to nearest."""
+    engine: Literal["stillroom", "gptqmodel"] = "stillroom"
+    """Who does it: gptqmodel is an optional package, for GPU workers that have it."""
     bits: Literal[2, 3, 4, 8] = 4
     """Bits a weight."""
     group_size: Annotated[int, Field(ge=-1, le=65536)] = 64
@@ -173,18 +189,39 @@ class Quantization(Section):
     """Grids centred on zero; asymmetric ones lose less and cost one zero point a group."""
     act_order: bool = True
     """Columns with the largest activations first; grids stay in place, so files stay plain."""
-    damping: Annotated[float, Field(gt=0, le=10)] = 0.05
-    """Added to the Hessian's diagonal, as a share of its mean."""
+    damping: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Added to the Hessian's diagonal, as a share of its mean; absent: chosen for each layer on
+    held-out calibration rows."""
     true_sequential: bool = True
     """Inside a block, later layers are calibrated behind the earlier quantized ones."""
+    refinements: Annotated[int, Field(ge=0, le=20)] = 2
+    """Rounds of coordinate descent with refitted scales, kept where held-out rows lose less."""
+    cross_layer: bool = True
+    """Let each layer make good what the layers before it lost, as far as held-out rows gain."""
+    bias_correction: bool = True
+    """Let biases take up the mean of what rounding loses."""
+    mixed: MixedBits | None = None
+    """Bits chosen for each layer under a budget; absent: the same bits everywhere."""
+    max_perplexity_ratio: Annotated[float, Field(ge=1)] | None = None
+    """Perplexity on calibration rows over that of the original, at most (language models); beyond
+    it the stage fails."""
+    gguf: bool = False
+    """Write model.gguf too, which llama.cpp runs on a CPU at full speed."""
     skip: tuple[str, ...] = ()
     """Layers left as they are, as name patterns such as *.mlp.down_proj."""
 
     @model_validator(mode="after")
-    def _whole_group(self) -> "Quantization":
-        if self.group_size in (0, 1):
+    def _fits_together(self) -> "Quantization":
+        sizes = (self.group_size, *(self.mixed.group_sizes if self.mixed else ()))
+        for size in sizes:
+            if size in (0, 1):
+                raise ValueError(
+                    f"group_size: {size} is no group; use 32, 64, 128, or -1 for one a row"
+                )
+        if self.engine == "gptqmodel" and (self.mixed or self.method != "gptq"):
             raise ValueError(
-                f"group_size: {self.group_size} is no group; use 32, 64, 128, or -1 for one a row"
+                "engine gptqmodel does gptq with the same bits everywhere; use the engine "
+                "stillroom for other methods and for mixed bits"
             )
         return self
 

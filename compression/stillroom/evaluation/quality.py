@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stillroom.contents import Task
 from stillroom.data.examples import Examples
 from stillroom.errors import DataError, MismatchError, NotFiniteError
 from stillroom.evaluation.estimates import (
@@ -19,7 +20,6 @@ from stillroom.evaluation.estimates import (
     paired_estimate,
     paired_ratio,
 )
-from stillroom.models import Task
 from stillroom.progress import Progress, silent
 
 __all__ = [

@@ -1,165 +1,211 @@
-"""What each block of a model is called with, and what each of its linear layers sees."""
+"""Call single blocks of a model as the model calls them, and see what their weights multiply."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
+from stillroom.blocks import LinearWeight
 from stillroom.errors import StageError
-from stillroom.quantization.hessian import HessianAccumulator
+
+# Where each product has its inputs and its weight among its arguments.
+PRODUCTS: dict[Any, tuple[int, int]] = {
+    functional.linear: (0, 1),
+    torch.addmm: (1, 2),
+    torch.matmul: (0, 1),
+    Tensor.matmul: (0, 1),
+    Tensor.__matmul__: (0, 1),
+}
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """It ends a forward pass that has shown enough."""
 
 
 @dataclass(frozen=True)
-class BlockCall:
-    """The arguments of a block besides the hidden states, which come first."""
+class Rows:
+    """Calibration rows that go through the model together, (rows, length) each."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Return the block's hidden states, (rows, length, hidden)."""
-        output = block(hidden, *self.args, **self.kwargs)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+    ids: Tensor
+    mask: Tensor  # 1 at real tokens
 
 
-@dataclass
-class Batch:
-    """Calibration rows on their way through the blocks."""
+@dataclass(frozen=True)
+class Place:
+    """A block: which list of blocks it is in, and its number there."""
 
-    hidden: Tensor  # (rows, length, hidden), the input of the next block
-    mask: Tensor  # (rows, length) bool, true at real tokens
-    calls: list[BlockCall] = field(default_factory=list)  # one a block
+    stack: str
+    index: int
 
 
-def capture(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, mask: Tensor) -> Batch:
-    """Return what reaches the first block for these rows, and how each block is called.
+class BlockCaller:
+    """Run single blocks with the arguments that the model gives them.
 
-    `ids` and `mask` are (rows, length). Only the first block computes: the others are passed by,
-    for their masks and position embeddings, which may differ from block to block.
+    While it is entered, the model's own forward pass runs everything but the blocks: those are
+    passed by, and the one that is asked for gets the hidden states that are handed in. So nothing
+    needs to be known of how a model prepares masks, positions and the like, and the other blocks
+    need not be in memory.
     """
-    batch = Batch(hidden=torch.empty(0), mask=mask.bool())
-    first: dict[str, Any] = {}
 
-    def stand_in(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self, model: nn.Module, stacks: Mapping[str, nn.ModuleList]) -> None:
+        self.model = model
+        self.stacks = dict(stacks)
+        self._wanted: set[Place] = set()
+        self._hidden: Tensor | None = None
+        self._left: Mapping[str, Tensor] = {}
+        self._sides: Mapping[str, tuple[Any, ...] | None] = {}
+        self._result: Any = None
+        self._reached: tuple[str, Tensor] | None = None
+
+    @contextmanager
+    def entered(self) -> Iterator["BlockCaller"]:
+        """Take the place of the blocks' forward methods."""
+        blocks = [
+            (Place(name, index), block)
+            for name, stack in self.stacks.items()
+            for index, block in enumerate(stack)
+        ]
+        try:
+            for place, block in blocks:
+                original = block.forward
+                setattr(block, "forward", self._stand_in(place, original))  # noqa: B010 - mypy
+            with _plain_forward(self.model):
+                yield self
+        finally:
+            for _, block in blocks:
+                block.__dict__.pop("forward", None)
+
+    def entry(
+        self,
+        rows: Rows,
+        left: Mapping[str, Tensor],
+        sides: Mapping[str, tuple[Any, ...] | None],
+    ) -> tuple[str, Tensor]:
+        """Return the stack that comes next and what reaches its first block.
+
+        The hidden states are (rows, length, hidden). `left` holds what came out of the last block
+        of the stacks before it, and `sides` what their first blocks return besides hidden states.
+        """
+        wanted = {Place(name, 0) for name in self.stacks if name not in left}
+        self._run(wanted, None, rows, left, sides)
+        assert self._reached is not None
+        return self._reached
+
+    def call(
+        self,
+        place: Place,
+        hidden: Tensor,
+        rows: Rows,
+        left: Mapping[str, Tensor],
+        sides: Mapping[str, tuple[Any, ...] | None],
+    ) -> tuple[Tensor, tuple[Any, ...] | None]:
+        """Return the block's hidden states, (rows, length, hidden), and what else it returns.
+
+        Nothing else, None, means that it returns no tuple.
+        """
+        self._run({place}, hidden, rows, left, sides)
+        result = self._result
+        return (result[0], result[1:]) if isinstance(result, tuple) else (result, None)
+
+    def finish(
+        self,
+        rows: Rows,
+        left: Mapping[str, Tensor],
+        sides: Mapping[str, tuple[Any, ...] | None],
+    ) -> Tensor:
+        """Return the model's logits, given what came out of the last block of each stack."""
+        return self._run(set(), None, rows, left, sides).logits  # type: ignore[no-any-return]
+
+    def _run(
+        self,
+        wanted: set[Place],
+        hidden: Tensor | None,
+        rows: Rows,
+        left: Mapping[str, Tensor],
+        sides: Mapping[str, tuple[Any, ...] | None],
+    ) -> Any:
+        self._wanted, self._hidden, self._left, self._sides = wanted, hidden, left, sides
+        inputs = {"input_ids": rows.ids, "attention_mask": rows.mask}
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            inputs |= {"decoder_input_ids": rows.ids, "decoder_attention_mask": rows.mask}
+        try:
+            output = self.model(**inputs)
+        except Stop:
+            return None
+        finally:
+            self._hidden = None
+        if wanted:
+            missed = " or ".join(f"{place.stack}.{place.index}" for place in wanted)
+            raise StageError(f"the model returned without calling its block {missed}")
+        return output
+
+    def _stand_in(self, place: Place, original: Callable[..., Any]) -> Callable[..., Any]:
+        last = len(self.stacks[place.stack]) - 1
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-            batch.calls.append(BlockCall(args[1:], rest))
-            if index == 0:
-                batch.hidden = args[0] if args else kwargs["hidden_states"]
-            if index == len(blocks) - 1:
-                raise _Stop
-            if index == 0:
-                first["output"] = original(*args, **kwargs)
-            return first["output"]
+            came = args[0] if args else kwargs["hidden_states"]
+            if place in self._wanted:
+                if self._hidden is None:
+                    self._reached = (place.stack, came)
+                    raise Stop
+                rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+                self._result = original(self._hidden, *args[1:], **rest)
+                raise Stop
+            leaves = place.index == last and place.stack in self._left
+            passed = self._left[place.stack] if leaves else came
+            side = self._sides.get(place.stack)
+            return passed if side is None else (passed, *side)
 
         return forward
 
-    with _without_cache(model), _replaced_forwards(blocks, stand_in):
-        _run_until_stop(lambda: model(input_ids=ids, attention_mask=mask))
-    return batch
 
+class Watch(TorchFunctionMode):
+    """While it is entered, call see(name, inputs) whenever one of the weights is multiplied.
 
-def input_groups(
-    block: nn.Module, index: int, linears: dict[str, nn.Module], batch: Batch
-) -> list[list[str]]:
-    """Return the names of the layers that are called, those with the same input together.
-
-    The groups stand in the order in which they get their inputs. Layers share an input if they
-    are given the very same tensors, call by call.
+    It sees the product itself, so that it makes no difference whether a module or a slice of a
+    mixture's fused parameter holds the weight.
     """
-    inputs: list[Tensor] = []  # kept, so that no two have the same identity
-    calls: dict[str, tuple[int, ...]] = {}
 
-    def see(name: str, value: Tensor) -> None:
-        place = next((i for i, other in enumerate(inputs) if other is value), len(inputs))
-        if place == len(inputs):
-            inputs.append(value)
-        calls[name] = (*calls.get(name, ()), place)
+    def __init__(
+        self, weights: Mapping[str, LinearWeight], see: Callable[[str, Tensor], None]
+    ) -> None:
+        super().__init__()
+        self.names = {weight.stored.data_ptr(): name for name, weight in weights.items()}
+        self.see = see
 
-    with _watched(linears, see):
-        batch.calls[index].run(block, batch.hidden)
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for name, places in calls.items():
-        groups.setdefault(places, []).append(name)
-    return list(groups.values())
-
-
-def collect_hessians(
-    block: nn.Module, index: int, watched: dict[str, nn.Module], batches: list[Batch]
-) -> dict[str, Tensor]:
-    """Return H = 2 X Xᵀ / tokens, (in, in), of each watched layer over all batches.
-
-    Padding does not count. A layer that got no token is left out.
-    """
-    sums: dict[str, HessianAccumulator] = {}
-    for batch in batches:
-
-        def add(name: str, value: Tensor, mask: Tensor = batch.mask) -> None:
-            tokens = value[mask] if value.shape[:2] == mask.shape else value.flatten(0, -2)
-            sums.setdefault(name, HessianAccumulator(value.shape[-1])).add(tokens)
-
-        with _watched(watched, add):
-            batch.calls[index].run(block, batch.hidden)
-    found = {name: total.hessian() for name, total in sums.items()}
-    return {name: H for name, H in found.items() if H is not None}
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Look at the product, then compute it."""
+        places = PRODUCTS.get(func)
+        if places is not None and len(args) > max(places):
+            weight = args[places[1]]
+            if isinstance(weight, Tensor) and weight.dim() == 2:
+                name = self.names.get(weight.data_ptr())
+                if name is not None:
+                    self.see(name, args[places[0]])
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def _watched(linears: dict[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call see(name, input) before each of the layers computes."""
-
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: see(name, args[0])
-
-    hooks = [linear.register_forward_pre_hook(hook_for(name)) for name, linear in linears.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _replaced_forwards(
-    blocks: nn.ModuleList, stand_in: Callable[[int, Callable[..., Any]], Callable[..., Any]]
-) -> Iterator[None]:
-    originals = [block.__dict__.get("forward") for block in blocks]
-    try:
-        for index, block in enumerate(blocks):
-            setattr(block, "forward", stand_in(index, block.forward))  # noqa: B010 - mypy
-        yield
-    finally:
-        for block, original in zip(blocks, originals, strict=True):
-            del block.__dict__["forward"]
-            if original is not None:
-                block.__dict__["forward"] = original
-
-
-@contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Keep the model from filling a key-value cache that nobody reads."""
+def _plain_forward(model: nn.Module) -> Iterator[None]:
+    """Fill no key-value cache, which nobody reads, and call experts one by one, to be seen."""
     config: Any = model.config
-    before = getattr(config, "use_cache", None)
-    if before is not None:
-        config.use_cache = False
+    wanted = {"use_cache": False, "_experts_implementation": "eager"}
+    before = {name: getattr(config, name) for name in wanted if hasattr(config, name)}
+    for name in before:
+        setattr(config, name, wanted[name])
     try:
         yield
     finally:
-        if before is not None:
-            config.use_cache = before
-
-
-def _run_until_stop(forward: Callable[[], object]) -> None:
-    try:
-        forward()
-    except _Stop:
-        return
-    raise StageError("the model returned without calling its last block")
+        for name, value in before.items():
+            setattr(config, name, value)

@@ -1,14 +1,21 @@
 """Write a quantized model as a GPTQ checkpoint folder, which transformers and gptqmodel load."""
 
 import json
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stillroom.models import quiet
+from stillroom.blocks import weight_at
+from stillroom.evaluation.figures import ReloadCheck
+from stillroom.models import Task, quiet
 from stillroom.quantization.packing import pack
 from stillroom.quantization.sequential import QuantizationResult
+from stillroom.quantization.shards import SHARD_BYTES, ShardWriter
+from stillroom.quantization.streaming import Blocks, InMemory, open_streamed, streamed_logits
 
 
 def save_quantized(
@@ -16,20 +23,26 @@ def save_quantized(
     tokenizer: PreTrainedTokenizerBase | None,
     result: QuantizationResult,
     folder: Path,
+    *,
+    blocks: Blocks | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a GPTQ checkpoint (format version 1) of the model that `result` came from.
 
-    Its quantized layers are stored packed, everything else as it is in the model.
+    Its quantized layers are stored packed, everything else as it is in the model. The blocks come
+    from `blocks` one at a time, and no more than one shard is in memory.
     """
-    state = dict(model.state_dict())
-    for name, layer in result.layers.items():
-        del state[f"{name}.weight"]
-        for part, tensor in pack(layer.weight).tensors().items():
-            state[f"{name}.{part}"] = tensor
+    writer = ShardWriter(folder, shard_bytes)
+    for name, tensor in _tensors(model, result, blocks or InMemory()):
+        writer.add(name, tensor)
+    writer.finish()
     # The name of the folder it came from says nothing on another machine, and changes the bytes.
     model.config._name_or_path = ""
+    model.config.architectures = [type(model).__name__]
     with quiet():
-        model.save_pretrained(str(folder), state_dict=state)
+        model.config.save_pretrained(str(folder))
+        if model.can_generate() and model.generation_config is not None:
+            model.generation_config.save_pretrained(str(folder))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
     path = folder / "config.json"
@@ -38,10 +51,22 @@ def save_quantized(
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def check_folder(folder: Path, result: QuantizationResult, task: Task, device: str) -> ReloadCheck:
+    """Load a checkpoint afresh, one block at a time, and compare its logits with those of the run.
+
+    The logits are those of the first calibration rows, padding left out.
+    """
+    model, blocks = open_streamed(folder, task=task, device=device)
+    after = streamed_logits(model, blocks, result.rows).float()
+    before = result.logits.float()
+    if before.dim() == 3:
+        real = result.rows.mask.bool()
+        before, after = before[real], after[real]  # (tokens, vocab)
+    return ReloadCheck(float((before - after).abs().max()), float(before.abs().max()))
+
+
 def quantization_config(result: QuantizationResult) -> dict[str, Any]:
     """Return the section of config.json from which readers learn how to unpack the weights."""
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         writer = f"stillroom:{version('stillroom')}"
     except PackageNotFoundError:
@@ -59,11 +84,69 @@ def quantization_config(result: QuantizationResult) -> dict[str, Any]:
         "true_sequential": options.true_sequential,
         "lm_head": False,
         "pack_dtype": "int32",
-        "block_name_to_quantize": result.blocks,
+        "block_name_to_quantize": result.stacks[0],
         "meta": {"quantizer": [writer], "method": options.method, "damping": options.damping},
     }
-    if 0 < options.damping < 1:  # the range that transformers accepts
+    if options.damping is not None and 0 < options.damping < 1:  # the range transformers accepts
         section["damp_percent"] = options.damping
     if result.skipped:
         section["modules_in_block_to_quantize"] = [[name] for name in result.layers]
+    mixed = _mixed(result)
+    if mixed:
+        section["dynamic"] = mixed
     return section
+
+
+def _mixed(result: QuantizationResult) -> dict[str, dict[str, int]]:
+    """Return gptqmodel's `dynamic` section: the layers that differ from the rest."""
+    from stillroom.quantization.allocation import LayerChoice, dynamic_section
+
+    options = result.options
+    layers = {}
+    for account in result.accounts:
+        whole_row = options.group_size == -1
+        group = -1 if whole_row and account.bits == options.bits else account.group_size
+        layers[account.name] = LayerChoice(account.bits, group)
+    return dynamic_section(layers, LayerChoice(options.bits, options.group_size))
+
+
+def _tensors(
+    model: PreTrainedModel, result: QuantizationResult, blocks: Blocks
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the checkpoint by name; tied ones once."""
+    inside = tuple(f"{stack}." for stack in result.stacks)
+    written: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(inside) and tensor.data_ptr() not in written:
+            written.add(tensor.data_ptr())
+            yield name, tensor
+    for stack in result.stacks:
+        for index in range(len(model.get_submodule(stack))):  # type: ignore[arg-type]
+            prefix = f"{stack}.{index}"
+            blocks.load(prefix)
+            yield from _block_tensors(model, result, prefix)
+            blocks.release(prefix)
+
+
+def _block_tensors(
+    model: PreTrainedModel, result: QuantizationResult, prefix: str
+) -> Iterator[tuple[str, Tensor]]:
+    names = [name for name in result.layers if name.startswith(f"{prefix}.")]
+    own = {
+        f"{prefix}.{key}": value for key, value in model.get_submodule(prefix).state_dict().items()
+    }
+    packed_slices: dict[int, int] = {}
+    for name in names:
+        layer = result.layers[name]
+        for part, tensor in pack(layer.weight).tensors().items():
+            yield f"{name}.{part}", tensor
+        if layer.bias is not None:
+            own[f"{name}.bias"] = layer.bias.to(own[f"{name}.bias"].dtype)
+        weight = weight_at(model, name)
+        whole = getattr(weight.module, weight.parameter)
+        packed_slices[whole.data_ptr()] = packed_slices.get(whole.data_ptr(), 0) + 1
+    for key, value in own.items():
+        # A mixture's fused parameter goes once all of its experts are packed.
+        slices = value.shape[0] if value.dim() == 3 else 1
+        if packed_slices.get(value.data_ptr(), 0) < slices:
+            yield key, value

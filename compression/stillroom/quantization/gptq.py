@@ -1,90 +1,161 @@
 """GPTQ (Frantar et al. 2022, 2210.17323), with act-order on static groups."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from stillroom.quantization.grid import Grid, find_grid
 from stillroom.quantization.hessian import inverse_cholesky
-from stillroom.quantization.options import QuantizationOptions
+from stillroom.quantization.options import DEFAULT_DAMPING, QuantizationOptions
 from stillroom.quantization.weight import QuantizedWeight, Solution, relative_output_error
 
 
 def gptq(W: Tensor, H: Tensor, options: QuantizationOptions) -> Solution:
     """Return W, (out, in), quantized for inputs whose mean of 2 x xᵀ is H, (in, in).
 
-    Columns are rounded one after another, all rows at once; what the rounding of column i adds to
-    the output is made good in the columns after it (algorithm 1 of the paper):
-
-        E_i = (W_i - quant(W_i)) / U_ii,   W_j -= E_i U_ij for j > i,   H⁻¹ = Uᵀ U
-
-    Columns up to `block_size` ahead are corrected at once, the others when the block is done.
-    In natural order a group's grid is found when its first column is reached, on corrected
-    weights. With `act_order` the columns with the largest inputs come first, and the grids are
-    found beforehand on the original weights, so that groups stay runs of neighbouring columns.
+    The rounding is `solve`, damped by `options.damping`. With `act_order` the grids are found
+    beforehand on the original weights, so that groups stay runs of neighbouring columns; in
+    natural order a group's grid is found when its first column is reached, on corrected weights.
 
     Raises:
         NotFiniteError: H holds a NaN or an infinity.
         NotPositiveDefiniteError: H cannot be inverted with any damping that was tried.
     """
     W = W.float()
-    out, columns = W.shape
-    group = options.group_columns(columns)
-    importance = H.diagonal().float() if options.weighted_grid else None
-    order = torch.arange(columns, device=W.device)
-    grids: dict[int, Grid] = {}
-    if options.act_order:
-        order = torch.argsort(H.diagonal(), descending=True, stable=True)
-        for g in range(columns // group):
-            grids[g] = _grid_of_group(W, g, group, options, importance)
-    place = order.tolist()
-    factor = inverse_cholesky(H[order][:, order], options.damping)
-    U = factor.upper.to(W.device)
+    grids = find_grids(W, H, options) if options.act_order else None
+    order = column_order(H, options)
+    damping = DEFAULT_DAMPING if options.damping is None else options.damping
+    factor = inverse_cholesky(H[order][:, order], damping)
+    rounded = solve(W[None], factor.upper[None].to(W.device), order, grids, options, H.diagonal())
+    weight = rounded.weight(0)
+    error = relative_output_error(W, weight, H.float())
+    return Solution(weight, error, factor.damping, int(rounded.clipped[0].sum()))
 
+
+def column_order(H: Tensor, options: QuantizationOptions) -> Tensor:
+    """Return the order, (in,), in which columns are rounded: the largest inputs first, if asked."""
+    if options.act_order:
+        return torch.argsort(H.diagonal(), descending=True, stable=True)
+    return torch.arange(H.shape[0], device=H.device)
+
+
+def find_grids(W: Tensor, H: Tensor, options: QuantizationOptions) -> Grid:
+    """Return the grids of all groups of W, (out, in), as tensors (out, groups)."""
+    importance = H.diagonal().float() if options.weighted_grid else None
+    group = options.group_columns(W.shape[1])
+    found = [
+        _grid_of_group(W[:, start : start + group], start, importance, options)
+        for start in range(0, W.shape[1], group)
+    ]
+    return Grid(
+        torch.cat([grid.scale for grid in found], dim=1),
+        torch.cat([grid.zero for grid in found], dim=1),
+        options.bits,
+        options.symmetric,
+    )
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Integers of several versions of a layer, on the grids they share."""
+
+    integers: Tensor  # (versions, in, out) uint8, columns in their places
+    grids: Grid  # tensors (out, groups)
+    clipped: Tensor  # (versions, out) int64: weights beyond their grid when they were rounded
+
+    def weight(self, version: int) -> QuantizedWeight:
+        """Return the weight of one version."""
+        return QuantizedWeight(
+            integers=self.integers[version].T.contiguous(),
+            scales=self.grids.scale.half(),
+            zeros=self.grids.zero.to(torch.uint8),
+            bits=self.grids.bits,
+        )
+
+
+def solve(
+    W: Tensor,
+    U: Tensor,
+    order: Tensor,
+    grids: Grid | None,
+    options: QuantizationOptions,
+    diagonal: Tensor,
+) -> Rounded:
+    """Round W, (versions, out, in), column after column, all rows at once.
+
+    What the rounding of column i adds to the output is made good in the columns after it
+    (algorithm 1 of the paper), with H⁻¹ = Uᵀ U in the given order of columns:
+
+        E_i = (W_i - quant(W_i)) / U_ii,   W_j -= E_i U_ij for j > i
+
+    Columns up to `block_size` ahead are corrected at once, the others when the block is done.
+    Versions are other targets or other dampings of the same layer, solved side by side.
+
+    Args:
+        W: (versions or 1, out, in) float32.
+        U: (versions, in, in) float32, upper triangular, rows and columns in `order`.
+        order: (in,), the columns in the order in which they are rounded.
+        grids: tensors (out, groups); None finds each group's when its first column is reached,
+            which takes one version and the natural order.
+        options: bits, groups and the width of a block.
+        diagonal: (in,), the Hessian's diagonal, for grids that are found on the way.
+    """
+    versions, columns, out = U.shape[0], W.shape[2], W.shape[1]
+    group = options.group_columns(columns)
+    importance = diagonal.float() if options.weighted_grid else None
+    place = order.tolist()
     # Transposed: a column of W lies in one piece of memory, as it is read and corrected.
-    T = W.T[order].contiguous()  # (in, out)
-    Q = torch.empty(columns, out, dtype=torch.uint8, device=W.device)
-    clipped = torch.zeros((), dtype=torch.int64, device=W.device)
+    T = W.transpose(1, 2)[:, order].expand(versions, columns, out).contiguous()  # (v, in, out)
+    Q = torch.empty(versions, columns, out, dtype=torch.uint8, device=W.device)
+    clipped = torch.zeros(versions, out, dtype=torch.int64, device=W.device)
+    scales, zeros = _rows_of(grids)
     start = 0
     while start < columns:
         end = min(start + options.block_size, columns)
-        if not options.act_order:
+        if grids is None:
             # No block crosses into a group whose grid must wait for the corrections.
             end = min(end, (start // group + 1) * group)
             if start % group == 0:
-                g = start // group
-                grids[g] = _grid_of_group(T.T, g, group, options, importance)
-        E = torch.empty(end - start, out, device=W.device)
+                found = _grid_of_group(T[0, start : start + group].T, start, importance, options)
+                scales.append(found.scale[:, 0])
+                zeros.append(found.zero[:, 0])
+        E = torch.empty(versions, end - start, out, device=W.device)
         for i in range(start, end):
-            grid = grids[place[i] // group]
-            w = T[i, :, None]  # (out, 1)
-            q = grid.quantize(w)
-            clipped += grid.clipped(w).sum()
-            E[i - start] = ((w - grid.dequantize(q)) / U[i, i])[:, 0]
-            T[i + 1 : end].addr_(U[i, i + 1 : end], E[i - start], alpha=-1)
-            Q[i] = q[:, 0].to(torch.uint8)
-        T[end:].addmm_(U[start:end, end:].T, E, alpha=-1)
+            scale, zero = scales[place[i] // group], zeros[place[i] // group]  # (out,)
+            w = T[:, i]  # (versions, out)
+            q = torch.div(w, scale).round_().add_(zero).clamp_(0, 2**options.bits - 1)
+            Q[:, i] = q
+            e = torch.sub(w, q.sub_(zero).mul_(scale), out=E[:, i - start])
+            e.div_(U[:, i, i, None])
+            if i + 1 < end:
+                T[:, i + 1 : end].baddbmm_(U[:, i, i + 1 : end, None], e[:, None], alpha=-1)
+        T[:, end:].baddbmm_(U[:, start:end, end:].mT, E, alpha=-1)
+        index = [place[i] // group for i in range(start, end)]
+        grid = Grid(
+            torch.stack([scales[g] for g in index]),
+            torch.stack([zeros[g] for g in index]),
+            options.bits,
+            options.symmetric,
+        )
+        clipped += grid.clipped(T[:, start:end]).sum(1)
         start = end
-
     integers = torch.empty_like(Q)
-    integers[order] = Q
-    weight = _assemble(integers, grids, options.bits)
-    error = relative_output_error(W, weight, H.float())
-    return Solution(weight, error, factor.damping, int(clipped))
+    integers[:, order] = Q
+    shared = Grid(torch.stack(scales, 1), torch.stack(zeros, 1), options.bits, options.symmetric)
+    return Rounded(integers, shared, clipped)
 
 
 def _grid_of_group(
-    W: Tensor, g: int, group: int, options: QuantizationOptions, importance: Tensor | None
+    W: Tensor, start: int, importance: Tensor | None, options: QuantizationOptions
 ) -> Grid:
-    columns = slice(g * group, (g + 1) * group)
-    weights = None if importance is None else importance[columns]
-    return find_grid(W[:, columns], options.bits, options.symmetric, weights)
+    """Return the grid of the columns W, (out, group), the first of which is column `start`."""
+    weights = None if importance is None else importance[start : start + W.shape[1]]
+    return find_grid(W, options.bits, options.symmetric, weights)
 
 
-def _assemble(integers: Tensor, grids: dict[int, Grid], bits: int) -> QuantizedWeight:
-    ordered = [grids[g] for g in range(len(grids))]
-    return QuantizedWeight(
-        integers=integers.T.contiguous(),
-        scales=torch.cat([grid.scale for grid in ordered], dim=1).half(),
-        zeros=torch.cat([grid.zero for grid in ordered], dim=1).to(torch.uint8),
-        bits=bits,
-    )
+def _rows_of(grids: Grid | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Return scales and zero points by group, (out,) each."""
+    if grids is None:
+        return [], []
+    return list(grids.scale.T.contiguous()), list(grids.zero.T.contiguous())

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A candidate range is this share of the largest weight: from all of it down to 40 %.
-SHRINK_STEPS = 40
-SMALLEST_SHRINK = 0.4
+# A candidate range is one of these shares of the range that the weights span.
+SHARES = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.52, 0.44)
+# Rounds of refitting scale and zero point to the integers that they led to.
+REFITS = 3
 # Rows are searched in pieces of so many weights, which stay in the processor's cache.
 WEIGHTS_AT_ONCE = 1 << 16
 SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16 number
@@ -19,6 +20,7 @@ class Grid:
     """The values scale * (integer - zero), for integers from 0 to 2^bits - 1.
 
     Scales are float32 tensors that hold fp16 numbers: what is stored is what was measured.
+    They are negative where a symmetric grid is turned.
     Zero points are whole numbers from 1 to 2^bits - 1, because the GPTQ checkpoint format stores
     the zero point minus one in `bits` bits; of a symmetric grid they are 2^(bits - 1).
     """
@@ -48,20 +50,23 @@ def find_grid(values: Tensor, bits: int, symmetric: bool, importance: Tensor | N
     """Return the grid for each row of `values`, (rows, columns) in float32.
 
     Without `importance` the grid spans the smallest and the largest value. With it, (columns,),
-    the range is shrunk to the share that minimises sum_j importance_j (w_j - q_j)^2; with the
-    diagonal of the Hessian this is the layer's output error but for its cross terms.
+    scale and zero point minimise sum_j importance_j (w_j - q_j)^2 among shrunken ranges, refitted
+    by least squares to the integers that they lead to; with the diagonal of the Hessian this is
+    the layer's output error but for its cross terms. A symmetric grid has one step more on one
+    side: a negative scale turns it to where the row needs it.
     """
     whole = _full_range(values, bits, symmetric)
     if importance is None or not bool((importance > 0).any()):
         return whole
     rows = max(1, WEIGHTS_AT_ONCE // values.shape[1])
     parts = [
-        _search(piece.contiguous(), importance, scale, zero, bits)
+        _search(piece.contiguous(), importance, Grid(scale, zero, bits, symmetric))
         for piece, scale, zero in zip(
             *(torch.split(each, rows) for each in (values, whole.scale, whole.zero)), strict=True
         )
     ]
-    return Grid(torch.cat(parts), whole.zero, bits, symmetric)
+    scale, zero = (torch.cat([getattr(part, name) for part in parts]) for name in ("scale", "zero"))
+    return Grid(scale, zero, bits, symmetric)
 
 
 def _full_range(values: Tensor, bits: int, symmetric: bool) -> Grid:
@@ -80,24 +85,81 @@ def _full_range(values: Tensor, bits: int, symmetric: bool) -> Grid:
     empty = (low == 0) & (high == 0)
     scale = torch.where(empty, 1.0, scale)
     zero = torch.where(empty, float(2 ** (bits - 1)), zero)
-    return Grid(_storable(scale), zero, bits, symmetric)
+    return Grid(storable(scale), zero, bits, symmetric)
 
 
-def _storable(scale: Tensor) -> Tensor:
-    return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).half().to(scale.dtype)
+def storable(scale: Tensor) -> Tensor:
+    """Return the fp16 numbers nearest to `scale`, in its dtype, none of them 0 or infinite."""
+    size = scale.abs().clamp(SMALLEST_SCALE, LARGEST_SCALE)
+    return torch.copysign(size, scale).half().to(scale.dtype)
 
 
-def _search(values: Tensor, importance: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Return the scales, (rows, 1), whose weighted squared error is smallest."""
-    best = torch.full_like(scale, torch.inf)
-    found = scale
-    for step in range(SHRINK_STEPS + 1):
-        share = 1 - (1 - SMALLEST_SHRINK) * step / SHRINK_STEPS
-        candidate = _storable(scale * share)
-        error = values / candidate
-        error.round_().add_(zero).clamp_(0, 2**bits - 1).sub_(zero).mul_(candidate).sub_(values)
-        loss = (error.square_() @ importance)[:, None]  # (rows, 1)
-        better = loss < best
-        best = torch.where(better, loss, best)
-        found = torch.where(better, candidate, found)
-    return found
+class _Best:
+    """The best grid of each row so far."""
+
+    def __init__(self, values: Tensor, importance: Tensor, start: Grid) -> None:
+        self.values, self.importance, self.grid = values, importance, start
+        self.scratch = torch.empty_like(values)
+        self.loss = self._loss(start)
+
+    def offer(self, scale: Tensor, zero: Tensor) -> None:
+        """Take a grid, (rows, 1) each, in the rows in which it loses less."""
+        grid = Grid(storable(scale), zero, self.grid.bits, self.grid.symmetric)
+        loss = self._loss(grid)
+        better = loss < self.loss
+        self.loss = torch.where(better, loss, self.loss)
+        scale = torch.where(better, grid.scale, self.grid.scale)
+        zero = torch.where(better, grid.zero, self.grid.zero)
+        self.grid = Grid(scale, zero, grid.bits, grid.symmetric)
+
+    def _loss(self, grid: Grid) -> Tensor:
+        """Return sum_j importance_j (w_j - q_j)^2, (rows, 1)."""
+        error = torch.div(self.values, grid.scale, out=self.scratch)
+        error.round_().add_(grid.zero).clamp_(0, 2**grid.bits - 1)
+        error.sub_(grid.zero).mul_(grid.scale).sub_(self.values)
+        return (error.square_() @ self.importance)[:, None]
+
+
+def _search(values: Tensor, importance: Tensor, whole: Grid) -> Grid:
+    """Return the grid of each row whose weighted squared error is smallest among those tried."""
+    best = _Best(values, importance, whole)
+    if whole.symmetric:
+        starts = [(_signed_range(values, whole.bits, sign), whole.zero) for sign in (1, -1)]
+    else:
+        top = 2**whole.bits - 1
+        starts = [(whole.scale, (whole.zero + move).clamp(1, top)) for move in (-1, 0, 1)]
+    for share in SHARES:
+        for scale, zero in starts:
+            best.offer(scale * share, zero)
+    for _ in range(REFITS):
+        best.offer(*_refit(values, importance, best.grid))
+    return best.grid
+
+
+def _signed_range(values: Tensor, bits: int, sign: int) -> Tensor:
+    """Return the scales, (rows, 1), of symmetric grids that hold every value, of one sign."""
+    below, above = 2 ** (bits - 1), 2 ** (bits - 1) - 1  # steps on either side of zero
+    turned = values * sign
+    low = turned.amin(dim=1, keepdim=True).clamp(max=0)
+    high = turned.amax(dim=1, keepdim=True).clamp(min=0)
+    return sign * torch.maximum(high / above, -low / below)
+
+
+def _refit(values: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point, (rows, 1) each, that fit the grid's integers best."""
+    integers = grid.quantize(values)  # (rows, columns)
+    zero = grid.zero
+    if not grid.symmetric:
+        # w = slope * integer + offset, by weighted least squares; the offset is -slope * zero.
+        total = importance.sum()
+        u = integers - (integers @ importance)[:, None] / total
+        w_mean = (values @ importance)[:, None] / total
+        u_mean = (integers @ importance)[:, None] / total
+        slope = ((u * values) @ importance)[:, None] / ((u * u) @ importance)[:, None]
+        fitted = torch.round(u_mean - w_mean / slope)
+        usable = torch.isfinite(fitted)
+        zero = torch.where(usable, fitted, zero).clamp(1, 2**grid.bits - 1)
+    steps = integers - zero
+    energy = ((steps * steps) @ importance)[:, None]
+    fitted = ((steps * values) @ importance)[:, None] / energy
+    return torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, grid.scale), zero

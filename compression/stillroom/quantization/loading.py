@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stillroom.blocks import write_weight
+from stillroom.blocks import weight_at
 from stillroom.errors import CorruptedError
 from stillroom.models import Task, Weights, model_class, quiet
 from stillroom.quantization.folder import open_quantized
@@ -39,12 +39,12 @@ def load_quantized(
         model: PreTrainedModel = model_class(task).from_config(config, dtype=dtype)
     model.tie_weights()
     state = {name: quantized.files[name] for name in quantized.plain}
+    placed: set[str] = set()
     for name in quantized.layers:
         packed, bits = quantized.packed(name)
         layer = QuantizedLinear(packed, None, bits, quantized.checkpoint_format)
-        _place(model, name, layer, state, dtype, weights)
-    dense = {f"{name}.weight" for name in quantized.layers}
-    _load_rest(model, state, dense, folder)
+        placed.add(_place(model, name, layer, state, dtype, weights))
+    _load_rest(model, state, placed, folder)
     model.train(False)
     return model
 
@@ -56,15 +56,19 @@ def _place(
     state: dict[str, Tensor],
     dtype: torch.dtype,
     weights: Weights,
-) -> None:
-    """Put a layer where the model has its dense one, packed or dequantized."""
-    if weights == "dense":
-        write_weight(model.get_submodule(name), layer.dequantize())
-        return
+) -> str:
+    """Put a layer where the model has its dense one; return the parameter that it stands for."""
+    weight = weight_at(model, name)
+    owner = name if weight.expert is None else name.rsplit(".", 2)[0]
+    # An expert is a slice of a parameter, where no layer of its own has room.
+    if weights == "dense" or weight.expert is not None:
+        weight.write(layer.dequantize())
+        return f"{owner}.{weight.parameter}"
     bias = state.pop(f"{name}.bias", None)
     layer.bias = None if bias is None else bias.to(dtype)
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)
+    return f"{owner}.{weight.parameter}"
 
 
 def _load_rest(model: nn.Module, state: dict[str, Tensor], placed: set[str], folder: Path) -> None:

@@ -6,26 +6,56 @@ from typing import Literal
 from stillroom.errors import RecipeError
 from stillroom.quantization.packing import values_per_unit
 
-Method = Literal["gptq", "rtn"]
+Method = Literal["gptq", "obq", "rtn"]
+Bits = Literal[2, 3, 4, 8]
+# Where there is no held-out text to choose the damping on.
+DEFAULT_DAMPING = 0.1
 
 
 @dataclass(frozen=True)
 class QuantizationOptions:
-    """How the weights of a linear layer become integers."""
+    """How the weights of a linear layer become integers. The defaults are what measured best."""
 
-    bits: Literal[2, 3, 4, 8] = 4
+    bits: Bits = 4
     group_size: int = 64  # columns that share a scale; -1: all of a row
     symmetric: bool = False
     act_order: bool = True  # columns with the largest inputs first
-    damping: float = 0.05  # share of the mean of the Hessian's diagonal
+    damping: float | None = None  # share of the mean of the Hessian's diagonal; None: chosen
     block_size: int = 128  # columns between two updates of all that follow
+    batch_rows: int = 4  # calibration rows in one forward pass; sums are rounded accordingly
     method: Method = "gptq"
     weighted_grid: bool = True  # search scales that minimise the error weighted by the Hessian
     true_sequential: bool = True  # in a block, calibrate behind the layers already quantized
+    refinements: int = 2  # rounds of coordinate descent and refitted scales after GPTQ
+    cross_layer: bool = True  # let a layer make good what the layers before it lost
+    bias_correction: bool = True  # let a bias take up the mean of what rounding loses
 
     def group_columns(self, in_features: int) -> int:
         """Return how many columns share a scale in a layer with so many inputs."""
         return in_features if self.group_size == -1 else self.group_size
+
+    @property
+    def wants_held_out_rows(self) -> bool:
+        """Whether anything is chosen on calibration rows that were kept apart."""
+        return self.method == "gptq" and (
+            self.damping is None or self.refinements > 0 or self.cross_layer
+        )
+
+
+def plain(options: QuantizationOptions) -> QuantizationOptions:
+    """Return the options of GPTQ as its paper has it: nothing searched, nothing refined."""
+    from dataclasses import replace
+
+    return replace(
+        options,
+        act_order=False,
+        damping=0.01,
+        weighted_grid=False,
+        true_sequential=False,
+        refinements=0,
+        cross_layer=False,
+        bias_correction=False,
+    )
 
 
 def check_fits(

@@ -1,25 +1,43 @@
 """Quantize a model block by block, each behind the blocks already quantized."""
 
 import logging
-from dataclasses import dataclass
+import shutil
+import weakref
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
-from typing import Literal, Protocol
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stillroom.blocks import find_blocks, find_linears, read_weight, write_weight
-from stillroom.checkpoint import Checkpoints, NoCheckpoints
+from stillroom.blocks import LinearWeight, find_stacks, find_weights
+from stillroom.checkpoint import Checkpoints, FolderCheckpoints, NoCheckpoints
 from stillroom.errors import DataError, NotFiniteError, NotPositiveDefiniteError, RecipeError
 from stillroom.progress import Progress, silent
-from stillroom.quantization.capture import Batch, capture, collect_hessians, input_groups
-from stillroom.quantization.gptq import gptq
+from stillroom.quantization.capture import BlockCaller, Place, Rows
+from stillroom.quantization.inputs import (
+    Round,
+    Sums,
+    collect,
+    dead_inputs,
+    plan_rounds,
+    watch_inputs,
+)
+from stillroom.quantization.layer import quantize_together
+from stillroom.quantization.obq import obq
 from stillroom.quantization.options import QuantizationOptions, check_fits
-from stillroom.quantization.pieces import load_piece, piece_name, save_piece, work_fingerprint
+from stillroom.quantization.pieces import Pieces, QuantizedLayer, work_fingerprint
 from stillroom.quantization.rounding import round_to_nearest
-from stillroom.quantization.weight import LayerAccount, QuantizedWeight, Solution
+from stillroom.quantization.streaming import Activations, Blocks, InMemory, Stream
+from stillroom.quantization.weight import LayerAccount, Solution
 
 logger = logging.getLogger(__name__)
+
+# Of the calibration rows, one in so many is kept apart to choose on, once there are so many.
+HELD_OUT_EVERY = 8
 
 
 class CalibrationRows(Protocol):
@@ -35,50 +53,47 @@ class CalibrationRows(Protocol):
 
 
 @dataclass(frozen=True)
-class QuantizedLayer:
-    """A layer's integers and what making them cost."""
-
-    weight: QuantizedWeight
-    account: LayerAccount
-
-
-@dataclass(frozen=True)
 class QuantizationResult:
-    """Every quantized layer by its dotted name, in the model's order."""
+    """Every quantized layer by its dotted name, and what is needed to write and check a folder."""
 
-    layers: dict[str, QuantizedLayer]
+    layers: Pieces
     skipped: tuple[str, ...]  # layers inside the blocks that keep their weights
-    blocks: str  # dotted name of the list of blocks
+    stacks: tuple[str, ...]  # dotted names of the lists of blocks
     options: QuantizationOptions
+    rows: Rows  # some calibration rows
+    logits: Tensor  # what the quantized model makes of them
 
     @property
     def accounts(self) -> list[LayerAccount]:
         """Return what each layer cost."""
-        return [layer.account for layer in self.layers.values()]
+        return list(self.layers.accounts.values())
 
     @property
     def fallbacks(self) -> int:
-        """Return how many layers were rounded to nearest although GPTQ was asked for."""
+        """Return how many layers were rounded to nearest although more was asked for."""
         return sum(account.fell_back for account in self.accounts)
 
 
 @torch.no_grad()
 def quantize_model(
-    model: nn.Module,
+    model: Any,
     calibration: CalibrationRows,
     options: QuantizationOptions,
     *,
+    blocks: Blocks | None = None,
+    layer_options: Mapping[str, QuantizationOptions] | None = None,
     skip: tuple[str, ...] = (),
     checkpoints: Checkpoints | None = None,
     progress: Progress = silent,
-    batch_size: int = 4,
 ) -> QuantizationResult:
-    """Quantize the linear layers inside the model's blocks, in place.
+    """Quantize the linear layers inside the model's blocks.
 
-    Each block sees the outputs of the quantized blocks before it. Layers whose dotted name fits a
-    pattern in `skip` stay as they are, as do embeddings and heads. Each finished block is kept
-    in `checkpoints`; a later call with the same arguments continues behind it and gives the same
-    bytes. `batch_size` is in rows.
+    Each block sees the outputs of the quantized blocks before it; of the model only the blocks in
+    `blocks` are needed, one at a time, and the hidden states wait on disk. A model in memory is
+    changed in place. Layers whose dotted name fits a pattern in `skip` stay as they are, as do
+    embeddings and heads; `layer_options` gives single layers others than `options`. Each finished
+    block is kept in `checkpoints`; a later call with the same arguments continues behind it and
+    gives the same bytes.
 
     Raises:
         RecipeError: a layer cannot be quantized with these options.
@@ -86,123 +101,242 @@ def quantize_model(
         MismatchError: the checkpoints were made with other options or other rows.
         NotFiniteError: a weight, an input or an output is NaN or infinite.
     """
-    checkpoints = checkpoints or NoCheckpoints()
-    prefix, blocks = find_blocks(model)
-    chosen, skipped = _choose(prefix, blocks, options, skip)
-    fingerprint = work_fingerprint(
-        options, skip, calibration.input_ids, calibration.attention_mask, batch_size
+    if checkpoints is None or isinstance(checkpoints, NoCheckpoints):
+        checkpoints = _passing_checkpoints()
+    choices = _Choices(options, layer_options or {}, skip)
+    stacks = find_stacks(model)
+    skipped = choices.check(stacks)
+    pieces = Pieces(
+        checkpoints,
+        work_fingerprint(choices.settings(), calibration.input_ids, calibration.attention_mask),
     )
     model.train(False)
-    batches = _batches(model, blocks, calibration, batch_size)
-    finished = set(checkpoints.names())
-    result: dict[str, QuantizedLayer] = {}
-    for index, block in enumerate(blocks):
-        linears = chosen[index]
-        if piece_name(index) in finished:
-            solved = {
-                name: QuantizedLayer(weight, account)
-                for name, (weight, account) in load_piece(checkpoints, index, fingerprint).items()
-            }
-            for name, linear in linears.items():
-                write_weight(linear, solved[name].weight.dequantize())
+    batches, held_out = _batches(model, calibration, options)
+    caller = BlockCaller(model, stacks)
+    with caller.entered(), TemporaryDirectory() as scratch:
+        run = _Run(caller, batches, held_out, choices, pieces, blocks or InMemory(), Path(scratch))
+        run.all_blocks(progress)
+        rows, logits = batches[0], run.now.logits(0)
+    _warn_of_fallbacks(list(pieces.accounts.values()))
+    return QuantizationResult(pieces, skipped, tuple(stacks), options, rows, logits)
+
+
+def _passing_checkpoints() -> Checkpoints:
+    """Return checkpoints in a folder that goes when nobody needs them any more."""
+    folder = mkdtemp()
+    checkpoints = FolderCheckpoints(Path(folder))
+    weakref.finalize(checkpoints, shutil.rmtree, folder, ignore_errors=True)
+    return checkpoints
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """Which layers are quantized, and how."""
+
+    options: QuantizationOptions
+    layer_options: Mapping[str, QuantizationOptions]
+    skip: tuple[str, ...]
+
+    def of(self, name: str) -> QuantizationOptions:
+        return self.layer_options.get(name, self.options)
+
+    def weights(self, prefix: str, block: torch.nn.Module) -> dict[str, LinearWeight]:
+        """Return the weights of a block that are to be quantized, by full name."""
+        named = {f"{prefix}.{name}": each for name, each in find_weights(block).items()}
+        return {name: each for name, each in named.items() if not self._skips(name)}
+
+    def check(self, stacks: Mapping[str, torch.nn.ModuleList]) -> tuple[str, ...]:
+        """Return the names of the layers that are left out.
+
+        Raises:
+            RecipeError: a layer does not fit, or a pattern fits none.
+        """
+        names: list[str] = []
+        for stack, blocks in stacks.items():
+            for index, block in enumerate(blocks):
+                prefix = f"{stack}.{index}"
+                names += [f"{prefix}.{name}" for name in find_weights(block)]
+                for name, weight in self.weights(prefix, block).items():
+                    check_fits(self.of(name), *weight.shape, name)
+        skipped = tuple(name for name in names if self._skips(name))
+        idle = [each for each in self.skip if not any(fnmatch(name, each) for name in names)]
+        if idle or len(skipped) == len(names):
+            raise RecipeError(
+                f"skip must fit some of the layers, not all and not none: "
+                f"{', '.join(idle or self.skip)}; the first layer is {names[0]}"
+            )
+        unknown = sorted(self.layer_options.keys() - set(names))
+        if unknown:
+            raise RecipeError(f"there is no layer {unknown[0]}; the first layer is {names[0]}")
+        return skipped
+
+    def settings(self) -> object:
+        """Return all of it as JSON."""
+        single = {name: asdict(options) for name, options in sorted(self.layer_options.items())}
+        return [asdict(self.options), single, list(self.skip)]
+
+    def _skips(self, name: str) -> bool:
+        return any(fnmatch(name, pattern) for pattern in self.skip)
+
+
+class _Run:
+    """The calibration rows on their way through the quantized blocks and through the originals."""
+
+    def __init__(
+        self,
+        caller: BlockCaller,
+        batches: list[Rows],
+        held_out: set[int],
+        choices: _Choices,
+        pieces: Pieces,
+        blocks: Blocks,
+        scratch: Path,
+    ) -> None:
+        self.caller, self.held_out, self.choices = caller, held_out, choices
+        self.pieces, self.blocks, self.scratch = pieces, blocks, scratch
+        (scratch / "now").mkdir()
+        self.now = Stream(caller, batches, scratch / "now")
+        self.original: Stream | None = None
+        if choices.options.cross_layer and choices.options.method == "gptq" and held_out:
+            (scratch / "original").mkdir()
+            self.original = Stream(caller, batches, scratch / "original")
+        self._plans: dict[tuple[str, ...], tuple[Round, ...]] = {}
+
+    def all_blocks(self, progress: Progress) -> None:
+        """Quantize every block of every stack."""
+        total = sum(len(stack) for stack in self.caller.stacks.values())
+        done = 0
+        for _ in self.caller.stacks:
+            stack = self.now.enter()
+            if self.original:
+                self.original.enter()
+            for index, block in enumerate(self.caller.stacks[stack]):
+                prefix = f"{stack}.{index}"
+                self.blocks.load(prefix)
+                self._block(Place(stack, index), prefix, self.choices.weights(prefix, block))
+                self.blocks.release(prefix)
+                done += 1
+                progress(done, total, "blocks", prefix)
+            for stream in (self.now, self.original):
+                if stream:
+                    stream.leave(stack)
+
+    def _block(self, place: Place, prefix: str, weights: dict[str, LinearWeight]) -> None:
+        inputs = Activations(self.scratch / f"inputs-{prefix}")
+        if self.pieces.has(prefix):
+            if self.original:
+                self.original.advance(place)
+            for name, layer in self.pieces.load(prefix).items():
+                _write(weights[name], layer)
         else:
-            solved = _quantize_block(block, index, linears, batches, options)
-            pieces = {name: (layer.weight, layer.account) for name, layer in solved.items()}
-            save_piece(checkpoints, index, fingerprint, pieces)
-        result |= {name: solved[name] for name in linears}
-        _advance(block, index, batches, f"{prefix}.{index}")
-        progress(index + 1, len(blocks), "blocks", f"{prefix}.{index}")
-    _warn_of_fallbacks(result)
-    return QuantizationResult(result, skipped, prefix, options)
+            rounds = self._rounds(place, weights)
+            if self.original:
+                watched = [name for each in rounds for name in each.watched]
+                watch_inputs(self.original, place, weights, watched, inputs)
+            solved: dict[str, QuantizedLayer] = {}
+            for each in rounds:
+                kept = inputs if self.original else None
+                sums = collect(
+                    self.now, place, weights, each.watched, each.once, self.held_out, kept
+                )
+                fresh: dict[str, QuantizedLayer] = {}
+                for group in each.groups:
+                    fresh |= self._solve(group, weights, sums.get(group[0]))
+                # Only now: layers of the same round see one another's full-precision outputs.
+                for name, layer in fresh.items():
+                    _write(weights[name], layer)
+                solved |= fresh
+            for name in weights.keys() - solved.keys():
+                solved |= self._solve((name,), weights, None)
+                _write(weights[name], solved[name])
+            self.pieces.save(prefix, {name: solved[name] for name in weights})
+        inputs.delete()
+        for largest in self.now.advance(place):
+            if not bool(torch.isfinite(largest)):
+                raise NotFiniteError(
+                    f"{prefix}: the quantized block gives a NaN or an infinity on the calibration "
+                    f"rows; compute the model in float32 or bfloat16, or use more bits"
+                )
 
-
-def _choose(
-    prefix: str, blocks: nn.ModuleList, options: QuantizationOptions, skip: tuple[str, ...]
-) -> tuple[list[dict[str, nn.Module]], tuple[str, ...]]:
-    """Return the layers to quantize in each block by full name, and the names left out."""
-    chosen: list[dict[str, nn.Module]] = []
-    skipped: list[str] = []
-    for index, block in enumerate(blocks):
-        named = {f"{prefix}.{index}.{name}": each for name, each in find_linears(block).items()}
-        out = [name for name in named if any(fnmatch(name, pattern) for pattern in skip)]
-        skipped += out
-        chosen.append({name: each for name, each in named.items() if name not in out})
-        for name, linear in chosen[-1].items():
-            out_features, in_features = read_weight(linear).shape
-            check_fits(options, out_features, in_features, name)
-    everything = [*skipped, *(name for named in chosen for name in named)]
-    idle = [pattern for pattern in skip if not any(fnmatch(name, pattern) for name in everything)]
-    if idle or not any(chosen):
-        raise RecipeError(
-            f"skip must fit some of the layers, not all and not none: {', '.join(idle or skip)}; "
-            f"the first layer is {everything[0]}"
+    def _rounds(self, place: Place, weights: dict[str, LinearWeight]) -> tuple[Round, ...]:
+        """Return the rounds of a block; blocks with the same layers share a plan."""
+        start = len(f"{place.stack}.{place.index}.")
+        layout = tuple(name[start:] for name in weights)
+        if layout not in self._plans:
+            named = {name[start:]: weight for name, weight in weights.items()}
+            self._plans[layout] = plan_rounds(self.now, place, named)
+        prefix = f"{place.stack}.{place.index}."
+        rounds = tuple(
+            Round(tuple(tuple(f"{prefix}{n}" for n in group) for group in each.groups), each.once)
+            for each in self._plans[layout]
         )
-    return chosen, tuple(skipped)
+        if self.choices.options.true_sequential:
+            return rounds
+        groups = tuple(group for each in rounds for group in each.groups)
+        return (Round(groups, all(each.once for each in rounds)),) if rounds else ()
+
+    def _solve(
+        self, group: tuple[str, ...], weights: dict[str, LinearWeight], sums: Sums | None
+    ) -> dict[str, QuantizedLayer]:
+        """Quantize layers with the same input; those with the same options as one."""
+        together: dict[Any, list[str]] = {}
+        for name in group:
+            key = (self.choices.of(name), weights[name].bias is None)
+            together.setdefault(key, []).append(name)
+        solved: dict[str, QuantizedLayer] = {}
+        for (options, _), names in together.items():
+            solved |= _solve_together(names, weights, sums, options)
+        return {name: solved[name] for name in group}
 
 
-def _batches(
-    model: nn.Module, blocks: nn.ModuleList, rows: CalibrationRows, batch_size: int
-) -> list[Batch]:
-    if not len(rows.input_ids) or not int(rows.attention_mask.sum()):
-        raise DataError("quantization needs calibration rows, and there are none: add text")
-    device = next(model.parameters()).device
-    parts = zip(
-        torch.split(rows.input_ids, batch_size),
-        torch.split(rows.attention_mask, batch_size),
-        strict=True,
-    )
-    return [capture(model, blocks, ids.to(device), mask.to(device)) for ids, mask in parts]
-
-
-def _quantize_block(
-    block: nn.Module,
-    index: int,
-    linears: dict[str, nn.Module],
-    batches: list[Batch],
+def _solve_together(
+    names: list[str],
+    weights: dict[str, LinearWeight],
+    sums: Sums | None,
     options: QuantizationOptions,
 ) -> dict[str, QuantizedLayer]:
-    """Quantize the layers of a block in the order in which they get their inputs."""
-    groups = input_groups(block, index, linears, batches[0])
-    rounds = [[group] for group in groups] if options.true_sequential else [groups]
-    solved: dict[str, QuantizedLayer] = {}
-    for together in rounds:
-        first = {group[0]: linears[group[0]] for group in together}
-        hessians = collect_hessians(block, index, first, batches)
-        for group in together:
-            for name in group:
-                solved[name] = _quantize_layer(name, linears[name], hessians.get(group[0]), options)
-        # Only now: layers of the same round see one another's full-precision outputs.
-        for group in together:
-            for name in group:
-                write_weight(linears[name], solved[name].weight.dequantize())
-    for name in linears.keys() - solved.keys():
-        solved[name] = _quantize_layer(name, linears[name], None, options)
-        write_weight(linears[name], solved[name].weight.dequantize())
-    return solved
-
-
-def _quantize_layer(
-    name: str, linear: nn.Module, H: Tensor | None, options: QuantizationOptions
-) -> QuantizedLayer:
-    """Quantize one layer; round it where the calibration rows say nothing about its inputs."""
-    W = read_weight(linear).float()
-    if not bool(torch.isfinite(W).all()):
-        raise NotFiniteError(f"{name}: the weight holds a NaN or an infinity; check the model")
-    if H is not None and not bool(torch.isfinite(H).all()):
+    """Quantize layers, rounding them where the calibration rows say nothing of their inputs."""
+    for name in names:
+        if not bool(torch.isfinite(weights[name].read()).all()):
+            raise NotFiniteError(f"{name}: the weight holds a NaN or an infinity; check the model")
+    if sums is not None and not bool(torch.isfinite(sums.train.hessian).all()):
         raise NotFiniteError(
-            f"{name}: its inputs on the calibration rows hold a NaN or an infinity; "
+            f"{names[0]}: its inputs on the calibration rows hold a NaN or an infinity; "
             f"compute the model in float32 or bfloat16"
         )
-    method: Literal["gptq", "rtn"] = options.method
-    solution: Solution | None = None
-    if method == "gptq" and H is not None and bool((H.diagonal() > 0).any()):
+    parts = [weights[name].read().float() for name in names]
+    method = options.method
+    solutions: list[Solution] = []
+    if method != "rtn" and sums is not None and bool((sums.train.hessian.diagonal() > 0).any()):
         try:
-            solution = gptq(W, H, options)
+            if method == "obq":
+                solutions = [obq(W, sums.train.hessian, options) for W in parts]
+            else:
+                biases = [weights[name].bias for name in names]
+                bias = (
+                    None
+                    if biases[0] is None
+                    else torch.cat([b.float() for b in biases if b is not None])
+                )
+                W = torch.cat(parts)
+                sizes = [len(part) for part in parts]
+                solutions = quantize_together(W, sizes, bias, sums.train, sums.held_out, options)
         except NotPositiveDefiniteError as error:
-            logger.warning("%s is rounded to nearest: %s", name, error)
-    if solution is None:
+            logger.warning("%s is rounded to nearest: %s", ", ".join(names), error)
+    if not solutions:
         method = "rtn"
-        solution = round_to_nearest(W, options, H)
+        H = None if sums is None else sums.train.hessian
+        solutions = [round_to_nearest(W, options, H) for W in parts]
+    dead = 0 if sums is None else dead_inputs(sums.train)
+    return {
+        name: _layer(name, solution, method, options, dead)
+        for name, solution in zip(names, solutions, strict=True)
+    }
+
+
+def _layer(
+    name: str, solution: Solution, method: Any, options: QuantizationOptions, dead: int
+) -> QuantizedLayer:
     account = LayerAccount(
         name=name,
         method=method,
@@ -210,30 +344,54 @@ def _quantize_layer(
         relative_error=solution.relative_error,
         damping=solution.damping,
         clipped=solution.clipped,
-        weights=W.numel(),
-        dead_inputs=0 if H is None else int((H.diagonal() == 0).sum()),
+        weights=solution.weight.integers.numel(),
+        dead_inputs=dead,
+        bits=options.bits,
+        group_size=solution.weight.group_size,
+        held_out_error=solution.held_out_error,
+        babai_bound=solution.babai_bound,
+        alpha=solution.alpha,
+        refined=solution.refined,
     )
-    return QuantizedLayer(solution.weight, account)
+    return QuantizedLayer(solution.weight, account, solution.bias)
 
 
-def _advance(block: nn.Module, index: int, batches: list[Batch], name: str) -> None:
-    """Replace each batch's hidden states by the block's outputs."""
-    for batch in batches:
-        batch.hidden = batch.calls[index].run(block, batch.hidden)
-        if not bool(torch.isfinite(batch.hidden[batch.mask]).all()):
-            raise NotFiniteError(
-                f"{name}: the quantized block gives a NaN or an infinity on the calibration rows; "
-                f"compute the model in float32 or bfloat16, or use more bits"
-            )
+def _write(weight: LinearWeight, layer: QuantizedLayer) -> None:
+    weight.write(layer.weight.dequantize())
+    if layer.bias is not None and weight.bias is not None:
+        weight.bias.copy_(layer.bias)
 
 
-def _warn_of_fallbacks(layers: dict[str, QuantizedLayer]) -> None:
-    names = [name for name, layer in layers.items() if layer.account.fell_back]
+def _batches(
+    model: Any, rows: CalibrationRows, options: QuantizationOptions
+) -> tuple[list[Rows], set[int]]:
+    """Return the rows in batches, and the numbers of those that are held out to choose on."""
+    ids, mask = rows.input_ids, rows.attention_mask
+    if not len(ids) or not int(mask.sum()):
+        raise DataError("quantization needs calibration rows, and there are none: add text")
+    device = next(p.device for p in model.parameters() if not p.is_meta)
+    apart = torch.zeros(len(ids), dtype=torch.bool)
+    if options.wants_held_out_rows and len(ids) >= HELD_OUT_EVERY:
+        apart[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] = True
+    batches: list[Rows] = []
+    held_out: set[int] = set()
+    for chosen in (~apart, apart):
+        for part in torch.split(torch.nonzero(chosen)[:, 0], options.batch_rows):
+            if len(part) == 0:
+                continue
+            if bool(apart[part[0]]):
+                held_out.add(len(batches))
+            batches.append(Rows(ids[part].to(device), mask[part].to(device)))
+    return batches, held_out
+
+
+def _warn_of_fallbacks(accounts: list[LayerAccount]) -> None:
+    names = [account.name for account in accounts if account.fell_back]
     if names:
         logger.warning(
-            "%d of %d layers were rounded to nearest instead of GPTQ, first %s: the calibration "
-            "rows do not reach them, or their Hessian cannot be inverted",
+            "%d of %d layers were rounded to nearest instead of what was asked for, first %s: the "
+            "calibration rows do not reach them, or their Hessian cannot be inverted",
             len(names),
-            len(layers),
+            len(accounts),
             names[0],
         )

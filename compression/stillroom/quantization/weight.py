@@ -28,19 +28,33 @@ class QuantizedWeight:
         values = (grouped - self.zeros.float()[..., None]) * self.scales.float()[..., None]
         return values.view(out, columns).to(dtype)
 
+    def rows(self, start: int, end: int) -> "QuantizedWeight":
+        """Return the rows from `start` up to `end`."""
+        rows = slice(start, end)
+        return QuantizedWeight(self.integers[rows], self.scales[rows], self.zeros[rows], self.bits)
+
 
 @dataclass(frozen=True)
 class LayerAccount:
-    """What quantizing one layer cost, for the report and the gates."""
+    """What quantizing one layer cost, for the report and the gates.
+
+    Errors are shares of the output's energy, tr((W - Q) H (W - Q)ᵀ) / tr(W H Wᵀ).
+    """
 
     name: str
-    method: Literal["gptq", "rtn"]  # what was done
+    method: Literal["gptq", "obq", "rtn"]  # what was done
     fell_back: bool  # it is not what was asked for
-    relative_error: float  # share of the output's energy that is lost on the calibration rows
+    relative_error: float  # on the calibration rows
     damping: float  # share of the mean of the Hessian's diagonal; 0 for rounding
     clipped: int  # weights beyond their grid
     weights: int
     dead_inputs: int  # inputs that were always zero
+    bits: int = 4
+    group_size: int = -1
+    held_out_error: float | None = None  # on rows that the solution was not made from
+    babai_bound: float | None = None  # no unclipped rounding by GPTQ can have a larger error
+    alpha: float = 0.0  # share of the earlier layers' loss that it was asked to make good
+    refined: bool = False  # coordinate descent lowered the held-out error and was kept
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,11 @@ class Solution:
     relative_error: float  # tr(Δ H Δᵀ) / tr(W H Wᵀ): the share of the output's energy that is lost
     damping: float  # used; larger than asked for where the Hessian needed it; 0 for rounding
     clipped: int  # weights beyond their grid by more than half a step when they were rounded
+    bias: Tensor | None = None  # (out,), the corrected bias; None: it stays
+    held_out_error: float | None = None
+    babai_bound: float | None = None
+    alpha: float = 0.0
+    refined: bool = False
 
 
 def relative_output_error(W: Tensor, quantized: QuantizedWeight, H: Tensor) -> float:

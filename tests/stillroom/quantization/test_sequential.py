@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from stillroom.blocks import find_blocks, find_linears, read_weight
 from stillroom.checkpoint import FolderCheckpoints
 from stillroom.errors import DataError, MismatchError, NotFiniteError, RecipeError
-from stillroom.quantization.capture import capture, collect_hessians, input_groups
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sequential import quantize_model
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
@@ -74,7 +74,9 @@ def test_all_linears_in_the_blocks_and_nothing_else_changes(make_model):
     expected = [f"{prefix}.{i}.{name}" for i in range(2) for name in find_linears(blocks[i])]
     assert list(result.layers) == expected
     changed = {key for key, value in model.state_dict().items() if not value.equal(before[key])}
-    assert changed == {f"{name}.weight" for name in expected}
+    weights = {f"{name}.weight" for name in expected}
+    biases = {f"{name}.bias" for name, layer in result.layers.items() if layer.bias is not None}
+    assert changed == weights | biases
     for name, layer in result.layers.items():
         weight = read_weight(model.get_submodule(name))
         assert torch.equal(weight, layer.weight.dequantize())
@@ -99,60 +101,10 @@ def test_a_later_layer_is_solved_for_the_outputs_of_the_quantized_ones_before_it
 
 def test_batches_of_rows_do_not_matter_but_for_rounding():
     errors = []
-    for batch_size in (1, 6):
-        result = quantize_model(tiny_llama(), rows(), OPTIONS, batch_size=batch_size)
+    for batch_rows in (1, 6):
+        result = quantize_model(tiny_llama(), rows(), replace(OPTIONS, batch_rows=batch_rows))
         errors.append(sum(account.relative_error for account in result.accounts))
     assert errors[0] == pytest.approx(errors[1], rel=0.05)
-
-
-def test_padding_does_not_count(make_model):
-    short = rows(count=2, length=8, padded=False)
-    padded = SimpleNamespace(
-        input_ids=torch.nn.functional.pad(short.input_ids, (0, 8)),
-        attention_mask=torch.nn.functional.pad(short.attention_mask, (0, 8)),
-    )
-    found = []
-    for data in (short, padded):
-        model = make_model()
-        _, blocks = find_blocks(model)
-        linears = find_linears(blocks[0])
-        with torch.no_grad():
-            batch = capture(model, blocks, data.input_ids, data.attention_mask)
-            found.append(collect_hessians(blocks[0], 0, linears, [batch]))
-    for name, H in found[0].items():
-        assert torch.allclose(H, found[1][name], rtol=1e-3, atol=1e-3 * float(H.abs().max()))
-
-
-def test_blocks_called_one_by_one_compute_what_the_model_computes(make_model):
-    model, data = make_model(), rows()
-    _, blocks = find_blocks(model)
-    outputs = []
-    hook = blocks[1].register_forward_hook(
-        lambda *args: outputs.append(args[2][0] if isinstance(args[2], tuple) else args[2])
-    )
-    expected = logits(model, data)
-    hook.remove()
-    with torch.no_grad():
-        batch = capture(model, blocks, data.input_ids, data.attention_mask)
-        for index, block in enumerate(blocks):
-            batch.hidden = batch.calls[index].run(block, batch.hidden)
-    assert torch.equal(batch.hidden[batch.mask], outputs[0][batch.mask])
-    assert torch.equal(logits(model, data), expected)  # and nothing was left behind in the model
-
-
-def test_layers_with_the_same_input_stand_together_in_order_of_execution():
-    model, data = tiny_llama(), rows()
-    _, blocks = find_blocks(model)
-    linears = find_linears(blocks[0])
-    with torch.no_grad():
-        batch = capture(model, blocks, data.input_ids, data.attention_mask)
-        groups = input_groups(blocks[0], 0, linears, batch)
-    assert [[name.split(".")[-1] for name in group] for group in groups] == [
-        ["q_proj", "k_proj", "v_proj"],
-        ["o_proj"],
-        ["gate_proj", "up_proj"],
-        ["down_proj"],
-    ]
 
 
 class _Killed(BaseException):
@@ -175,7 +127,7 @@ def test_a_run_killed_after_a_block_continues_to_the_same_bytes(make_model, tmp_
 
     with pytest.raises(_Killed):
         quantize_model(make(), data, OPTIONS, checkpoints=kept, progress=kill)
-    assert kept.names() == ["block-0000", "block-0001"]
+    assert [name[-5:] for name in kept.names()] == ["-0000", "-0001"]
     resumed = make()
     result = quantize_model(resumed, data, OPTIONS, checkpoints=kept)
     for key, tensor in whole.state_dict().items():
@@ -191,7 +143,7 @@ def test_a_run_killed_after_a_block_continues_to_the_same_bytes(make_model, tmp_
 def test_checkpoints_of_other_work_are_refused(tmp_path):
     kept = FolderCheckpoints(tmp_path)
     quantize_model(tiny_llama(), rows(), OPTIONS, checkpoints=kept)
-    with pytest.raises(MismatchError, match="block-0000"):
+    with pytest.raises(MismatchError, match=r"block-model\.layers-0000"):
         quantize_model(tiny_llama(), rows(count=5), OPTIONS, checkpoints=kept)
 
 

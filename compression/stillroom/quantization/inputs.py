@@ -1,0 +1,160 @@
+"""Which weights of a block share an input, and what their inputs are like."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stillroom.blocks import LinearWeight
+from stillroom.quantization.capture import Place, Stop, Watch
+from stillroom.quantization.hessian import HessianAccumulator, Statistics
+from stillroom.quantization.streaming import Activations, Stream
+
+
+@dataclass(frozen=True)
+class Round:
+    """Groups of weights, those with the same input together, that are ready at the same time."""
+
+    groups: tuple[tuple[str, ...], ...]
+    once: bool  # each is called once in a forward pass, before all later rounds
+
+    @property
+    def watched(self) -> list[str]:
+        """The first weight of each group: the others see the same."""
+        return [group[0] for group in self.groups]
+
+
+def plan_rounds(
+    stream: Stream, place: Place, weights: Mapping[str, LinearWeight]
+) -> tuple[Round, ...]:
+    """Return the rounds in which the weights of a block are solved, in the order of their inputs.
+
+    Weights share an input if they are given the very same tensors, call by call. The experts of a
+    mixture stand in one round, since no forward pass reaches all of them one after another.
+    Weights that nobody multiplies are left out.
+    """
+    inputs: list[Tensor] = []  # kept, so that no two have the same identity
+    calls: dict[str, tuple[int, ...]] = {}
+
+    def see(name: str, value: Tensor) -> None:
+        known = next((i for i, other in enumerate(inputs) if other is value), len(inputs))
+        if known == len(inputs):
+            inputs.append(value)
+        calls[name] = (*calls.get(name, ()), known)
+
+    with Watch(weights, see):
+        stream.run(place, 0)
+    reached = {_family(weights[name]) for name in calls}
+    for name, weight in weights.items():
+        if weight.expert is not None and _family(weight) in reached:
+            calls.setdefault(name, (-1, len(calls)))  # an expert that this batch does not use
+    shared: dict[tuple[object, tuple[int, ...]], list[str]] = {}
+    for name, seen in calls.items():
+        shared.setdefault((_family(weights[name]), seen), []).append(name)
+    rounds: dict[object, list[tuple[str, ...]]] = {}
+    for (family, seen), names in shared.items():
+        rounds.setdefault(seen if family is None else family, []).append(tuple(names))
+    once = all(len(seen) == 1 for seen in calls.values())
+    return tuple(Round(tuple(groups), once) for groups in rounds.values())
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What the weights that share an input saw, on the rows to solve on and on the others."""
+
+    train: Statistics
+    held_out: Statistics | None
+
+
+def collect(
+    stream: Stream,
+    place: Place,
+    weights: Mapping[str, LinearWeight],
+    watched: Sequence[str],
+    once: bool,
+    held_out: set[int],
+    full_precision: Activations | None,
+) -> dict[str, Sums]:
+    """Return the statistics of the watched weights' inputs; those that got no token are left out.
+
+    `held_out` are the numbers of the batches that count apart. Padding does not count. The forward
+    pass ends as soon as all inputs were seen, where each comes `once`. `full_precision` holds what
+    the inputs are in the full-precision model, as `watch_inputs` kept them.
+    """
+    chosen = {name: weights[name] for name in watched}
+    found: dict[tuple[str, bool], HessianAccumulator] = {}
+    for b, rows in enumerate(stream.batches):
+        waiting = set(watched)
+
+        def add(
+            name: str,
+            value: Tensor,
+            b: int = b,
+            mask: Tensor = rows.mask,
+            waiting: set[str] = waiting,
+        ) -> None:
+            kept = f"{name}-{b}"
+            other = None
+            if full_precision is not None and full_precision.has(kept):
+                other = full_precision.read(kept, value.device)
+            columns = value.shape[-1]
+            accumulator = found.setdefault((name, b in held_out), HessianAccumulator(columns))
+            tokens = _tokens(value, mask)
+            same = other is not None and other.shape == tokens.shape
+            accumulator.add(tokens, other if same else None)
+            waiting.discard(name)
+            if once and not waiting:
+                raise Stop
+
+        with Watch(chosen, add):
+            stream.run(place, b)
+    sums: dict[str, Sums] = {}
+    for name in watched:
+        train, other = found.get((name, False)), found.get((name, True))
+        statistics = None if train is None else train.statistics()
+        held = None if other is None else other.statistics()
+        if statistics is not None:
+            sums[name] = Sums(statistics, held)
+        elif held is not None:
+            sums[name] = Sums(held, None)
+    return sums
+
+
+def watch_inputs(
+    stream: Stream,
+    place: Place,
+    weights: Mapping[str, LinearWeight],
+    watched: Sequence[str],
+    kept: Activations,
+) -> None:
+    """Let every batch go through a block, and keep on disk what the watched weights get.
+
+    Weights that are called more than once, or with other tokens than all (experts), are left out.
+    """
+    chosen = {name: weights[name] for name in watched if weights[name].expert is None}
+    for b, rows in enumerate(stream.batches):
+
+        def keep(name: str, value: Tensor, b: int = b, mask: Tensor = rows.mask) -> None:
+            kept.write(f"{name}-{b}", _tokens(value, mask))
+
+        with Watch(chosen, keep):
+            output = stream.run(place, b)
+        stream.hidden[place.stack].write(b, output)
+
+
+def _tokens(value: Tensor, mask: Tensor) -> Tensor:
+    """Return the inputs of real tokens, (tokens, in)."""
+    if value.shape[:2] == mask.shape:
+        return value.flatten(0, 1) if bool(mask.all()) else value[mask.bool()]
+    return value.flatten(0, -2)
+
+
+def _family(weight: LinearWeight) -> object:
+    """Return what an expert's weight shares with those of the other experts; None for a layer's."""
+    return None if weight.expert is None else (id(weight.module), weight.parameter)
+
+
+def dead_inputs(statistics: Statistics) -> int:
+    """Return how many inputs were always zero."""
+    return int(torch.count_nonzero(statistics.hessian.diagonal() == 0))
