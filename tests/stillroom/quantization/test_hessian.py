@@ -2,7 +2,12 @@ import pytest
 import torch
 
 from stillroom.errors import NotFiniteError
-from stillroom.quantization.hessian import HessianAccumulator, damp, inverse_cholesky
+from stillroom.quantization.hessian import (
+    HessianAccumulator,
+    combine,
+    damp,
+    inverse_cholesky,
+)
 
 
 def _inputs(tokens=50, columns=6, seed=0):
@@ -68,3 +73,39 @@ def test_an_indefinite_matrix_raises_the_damping_and_says_so():
 def test_nan_is_refused():
     with pytest.raises(NotFiniteError, match="Hessian"):
         inverse_cholesky(torch.full((2, 2), torch.nan), 0.1)
+
+
+@pytest.mark.parametrize("columns", [5, 256, 300, 600])
+def test_the_symmetric_update_is_the_whole_product(columns):
+    X = _inputs(80, columns)
+    accumulator = HessianAccumulator(columns)
+    accumulator.add(X)
+    H = accumulator.hessian()
+    assert torch.equal(H, H.T)
+    assert torch.allclose(H, 2 * X.T @ X / 80, rtol=1e-3, atol=1e-4)
+
+
+def test_the_statistics_of_parts_combine_to_those_of_the_whole():
+    X, original = _inputs(50), _inputs(50, seed=1)
+    parts = []
+    for rows in (slice(0, 20), slice(20, 50), slice(0, 50)):
+        accumulator = HessianAccumulator(6)
+        accumulator.add(X[rows], original[rows])
+        parts.append(accumulator.statistics())
+    both, whole = combine(parts[0], parts[1]), parts[2]
+    assert both.tokens == 50
+    for name in ("hessian", "mean", "shift", "shift_mean"):
+        assert torch.allclose(getattr(both, name), getattr(whole, name), rtol=1e-4, atol=1e-5)
+
+
+def test_centred_statistics_are_those_of_inputs_less_their_mean():
+    X, original = _inputs(50) + 3, _inputs(50, seed=1) - 1
+    statistics = []
+    shift = original - X
+    for inputs, other in ((X, original), (X - X.mean(0), (shift - shift.mean(0)) + X - X.mean(0))):
+        accumulator = HessianAccumulator(6)
+        accumulator.add(inputs, other)
+        statistics.append(accumulator.statistics())
+    centred, expected = statistics[0].centred(), statistics[1]
+    assert torch.allclose(centred.hessian, expected.hessian, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(centred.shift, expected.shift, rtol=1e-3, atol=1e-3)
