@@ -1,6 +1,7 @@
 """Read a written GGUF back, and compare it with the checkpoint that it was made from."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stillroom.errors import CorruptedError
-from stillroom.quantization.gguf_tensors import open_reordered
+from stillroom.quantization.gguf_tensors import ROWS_AT_ONCE, open_reordered
 from stillroom.quantization.weight import QuantizedWeight
 
 
@@ -49,13 +50,12 @@ def compare_gguf(folder: Path, file: Path) -> GgufReport:
         if place.packed:
             weight = tensors.weight(place.source)
             layers[f"{weight.bits}-bit as {came.tensor_type.name}"] += 1
-            error = (_values(came, file) - weight.dequantize()).abs()
-            largest = max(largest, float(error.max()))
-            if error.any():
-                inexact[place.source] = _in_steps(error, weight)
+            error, steps = _layer_error(came, weight)
+            largest = max(largest, error)
+            if error:
+                inexact[place.source] = steps
         else:
-            error = _values(came, file) - tensors.plain(place).float()
-            largest_plain = max(largest_plain, float(error.abs().max()))
+            largest_plain = max(largest_plain, _plain_error(came, tensors.plain(place)))
     return GgufReport(
         architecture=tensors.architecture.name,
         size_bytes=file.stat().st_size,
@@ -68,16 +68,44 @@ def compare_gguf(folder: Path, file: Path) -> GgufReport:
     )
 
 
-def _values(stored: Any, file: Path) -> Tensor:
-    """Return a tensor of the file in float32, its dimensions as in torch."""
+def _layer_error(stored: Any, weight: QuantizedWeight) -> tuple[float, float]:
+    """Return the largest error of a layer, and the largest as a share of its group's scale."""
+    largest = in_steps = 0.0
+    for start, values in _values(stored, weight.integers.shape):
+        end = start + len(values)
+        scales = weight.scales[start:end]
+        part = QuantizedWeight(
+            weight.integers[start:end], scales, weight.zeros[start:end], weight.bits
+        )
+        error = (values - part.dequantize()).abs()
+        largest = max(largest, float(error.max()))
+        grouped = error.view(*scales.shape, -1).amax(-1)  # (rows, groups)
+        smallest = torch.finfo(torch.float16).smallest_normal
+        in_steps = max(in_steps, float((grouped / scales.float().clamp_min(smallest)).max()))
+    return largest, in_steps
+
+
+def _plain_error(stored: Any, tensor: Tensor) -> float:
+    """Return the largest error of a tensor that is not packed."""
+    return max(
+        float((values - tensor[start : start + len(values)].float()).abs().max())
+        for start, values in _values(stored, tensor.shape)
+    )
+
+
+def _values(stored: Any, shape: torch.Size) -> Iterator[tuple[int, Tensor]]:
+    """Iterate over the rows of a tensor of the file in float32, some at a time.
+
+    Raises:
+        CorruptedError: it is of another shape.
+    """
     import gguf
 
-    values = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).copy())
-    return values.view(*reversed(stored.shape.tolist()))
-
-
-def _in_steps(error: Tensor, weight: QuantizedWeight) -> float:
-    """Return the largest error (out, in) as a share of its group's scale."""
-    grouped = error.view(*weight.scales.shape, -1).amax(-1)  # (out, groups)
-    scales = weight.scales.float()
-    return float((grouped / scales.clamp_min(torch.finfo(torch.float16).smallest_normal)).max())
+    if tuple(reversed(stored.shape.tolist())) != tuple(shape):
+        raise CorruptedError(
+            f"expected {stored.name} of shape {tuple(shape)} in the GGUF; "
+            f"{tuple(reversed(stored.shape.tolist()))} came; export it again"
+        )
+    for start in range(0, shape[0], ROWS_AT_ONCE):
+        rows = stored.data[start : start + ROWS_AT_ONCE]
+        yield start, torch.from_numpy(gguf.dequantize(rows, stored.tensor_type).copy())

@@ -48,6 +48,11 @@ def write_vocabulary(writer: Any, folder: Path, size: int) -> None:
         MismatchError: llama.cpp has no counterpart of it.
     """
     tokenizer = load_tokenizer(folder)
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise MismatchError(
+            f"expected a tokenizer with a tokenizer.json in {folder}; {type(tokenizer).__name__} "
+            f'came; export with vocabulary="none" and tokenize with transformers'
+        )
     vocabulary = read_vocabulary(json.loads(tokenizer.backend_tokenizer.to_str()), size)
     writer.add_tokenizer_model(vocabulary.kind)
     writer.add_tokenizer_pre(vocabulary.pre)

@@ -14,10 +14,12 @@ from stillroom.models import load_model, load_tokenizer
 from stillroom.quantization.gguf_blocks import choose_type, encode_blocks, round_scales
 from stillroom.quantization.gguf_check import compare_gguf
 from stillroom.quantization.gguf_export import export_gguf
+from stillroom.quantization.packing import pack
 from stillroom.quantization.weight import QuantizedWeight
 from tests.stillroom.quantization.gguf_models import (
     OWN,
     byte_tokenizer,
+    rounded,
     tiny_model,
     write_checkpoint,
 )
@@ -167,6 +169,18 @@ def test_options_of_the_export(tmp_path):
             assert np.array_equal(zeros, zeros.round())
 
 
+def test_packed_embeddings_and_heads_stay_as_they_are(tmp_path):
+    write_checkpoint(tiny_model("llama"), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    for name in ("lm_head", "model.embed_tokens"):
+        packed = pack(rounded(state.pop(f"{name}.weight"), 8, 32, symmetric=True))
+        state |= {f"{name}.{part}": tensor for part, tensor in packed.tensors().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    report = export_gguf(tmp_path, tmp_path / "model.gguf", embeddings="F32")
+    assert report.layers == {"4-bit as Q4_1": 14, "8-bit as Q8_0": 2}
+    assert not {"lm_head", "model.embed_tokens"} & report.inexact_layers.keys()
+
+
 def test_rows_of_q_and_k_are_reordered_and_no_others(tmp_path):
     write_checkpoint(tiny_model("llama"), tmp_path, symmetric=True)
     export_gguf(tmp_path, tmp_path / "model.gguf")
@@ -248,6 +262,9 @@ def test_a_file_of_another_checkpoint_is_found_out(tmp_path):
     export_gguf(tmp_path / "short", tmp_path / "model.gguf")
     with pytest.raises(CorruptedError, match="lacks blk"):
         compare_gguf(tmp_path / "one", tmp_path / "model.gguf")
+    write_checkpoint(tiny_model("llama", num_attention_heads=8), tmp_path / "heads")
+    with pytest.raises(CorruptedError, match="shape"):
+        compare_gguf(tmp_path / "heads", tmp_path / "model.gguf")
 
 
 def test_the_folder_loads_as_before(tmp_path):
