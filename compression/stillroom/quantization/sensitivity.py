@@ -1,15 +1,14 @@
 """What a model loses when single layers are quantized, measured on its outputs."""
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from stillroom.errors import DataError, NotFiniteError, RecipeError
+from stillroom.errors import NotFiniteError, RecipeError
 from stillroom.progress import Progress, silent
 from stillroom.quantization.allocation import (
     LayerChoice,
@@ -17,12 +16,14 @@ from stillroom.quantization.allocation import (
     ModuleChoices,
     packed_bytes,
 )
+from stillroom.quantization.divergence import forward_arguments
 from stillroom.quantization.gptq import gptq
 from stillroom.quantization.options import QuantizationOptions, check_fits
 from stillroom.quantization.rounding import round_to_nearest
 
-# How far the model is from what it was when the measure was made.
-Measure = Callable[[], float]
+# How far the model is from what it was when the measure was made, given the names of the layers
+# that are not as they were.
+Measure = Callable[[Collection[str]], float]
 # (a layer's name, its weight (out, in), a choice) to the dequantized weight (out, in).
 Quantize = Callable[[str, Tensor, LayerChoice], Tensor]
 
@@ -35,18 +36,6 @@ class Weight(Protocol):
 
     def write(self, values: Tensor) -> None:
         """Replace it by `values`, (out, in), in place."""
-
-
-class Rows(Protocol):
-    """Tokenised rows, (rows, length) int64 each; the mask is 1 at real tokens."""
-
-    @property
-    def input_ids(self) -> Tensor:
-        """Return the token ids."""
-
-    @property
-    def attention_mask(self) -> Tensor:
-        """Return the mask."""
 
 
 def rounding(options: QuantizationOptions) -> Quantize:
@@ -101,7 +90,7 @@ def measure_costs(
             options = []
             for choice, size in _fitting(weights, group, offers):
                 replace_by(dict.fromkeys(group, choice))
-                cost = measure()
+                cost = measure(group)
                 if not cost < float("inf"):
                     raise NotFiniteError(
                         f"{group[0]} at {choice.bits} bits in groups of {choice.group_size}: "
@@ -193,7 +182,7 @@ def tied_layers(
         modules[name].register_forward_pre_hook(hook_for(name)) for name in names if name in modules
     ]
     try:
-        model(**_arguments(model, ids, mask))
+        model(**forward_arguments(model, ids, mask))
     finally:
         for hook in hooks:
             hook.remove()
@@ -211,85 +200,3 @@ def _block_of(name: str, modules: Mapping[str, nn.Module]) -> str:
         if isinstance(modules[".".join(parts[:i])], nn.ModuleList):
             return ".".join(parts[: i + 1])
     return ""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Rows that are run together, and the positions whose logits are looked at."""
-
-    ids: Tensor  # (rows, length)
-    mask: Tensor  # (rows, length)
-    positions: Tensor  # (kept,), picked in any of the rows
-    picked: Tensor  # (rows, kept) bool
-
-
-def kl_measure(model: nn.Module, rows: Rows, *, tokens: int = 256, batch_size: int = 1) -> Measure:
-    """Return a measure of the KL divergence, in nats per token, from the model as it is now.
-
-    It is KL(now ‖ then) averaged over up to `tokens` real tokens, spread evenly over the rows; of
-    a classifier, over the rows that hold them. The log-probabilities of now are kept, float32
-    (tokens, vocabulary). `batch_size` is in rows.
-
-    Raises:
-        DataError: there are no rows.
-    """
-    parts = _parts(rows, tokens, batch_size, next(model.parameters()).device)
-    model.train(False)
-    now = [_log_probabilities(model, part) for part in parts]
-
-    def measure() -> float:
-        total, count = 0.0, 0
-        for part, log_p in zip(parts, now, strict=True):
-            p, q = log_p.double(), _log_probabilities(model, part).double()
-            # Σ (q - p) is zero but for rounding, which it takes out of Σ p (log p - log q): what
-            # 8 bits cost is smaller than that. Each term is at least zero.
-            total += float((q.exp() - p.exp() * (1 + q - p)).sum())
-            count += len(log_p)
-        return total / count
-
-    return measure
-
-
-def _parts(rows: Rows, tokens: int, batch_size: int, device: torch.device) -> list[_Part]:
-    mask = rows.attention_mask.bool()
-    if not int(mask.sum()):
-        raise DataError(
-            "measuring what layers lose needs calibration rows: there are none; add text"
-        )
-    stride = -(-int(mask.sum()) // tokens)
-    counted = mask.flatten().cumsum(0).view_as(mask)  # from 1, over real tokens
-    picked = mask & (counted % stride == 0)
-    parts = []
-    for chosen in torch.split(torch.arange(len(mask)), batch_size):
-        positions = picked[chosen].any(0).nonzero()[:, 0]
-        if len(positions):
-            values = (
-                rows.input_ids[chosen],
-                rows.attention_mask[chosen],
-                positions,
-                picked[chosen][:, positions],
-            )
-            parts.append(_Part(*(value.to(device) for value in values)))
-    return parts
-
-
-@torch.no_grad()
-def _log_probabilities(model: nn.Module, part: _Part) -> Tensor:
-    """Return log-probabilities, (tokens or rows, vocabulary or labels) float32."""
-    arguments = _arguments(model, part.ids, part.mask)
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    if keeps:
-        # The head runs at these positions only: logits of all would be the largest tensor of all.
-        arguments["logits_to_keep"] = part.positions
-    logits: Tensor = model(**arguments).logits
-    if logits.dim() == 3:
-        logits = (logits if keeps else logits[:, part.positions])[part.picked]
-    return logits.float().log_softmax(-1)
-
-
-def _arguments(model: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if getattr(model.config, "is_encoder_decoder", False):
-        arguments["decoder_input_ids"] = ids
-        arguments["decoder_attention_mask"] = mask
-    return arguments

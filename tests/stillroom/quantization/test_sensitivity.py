@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from stillroom.blocks import find_blocks, find_linears, read_weight, write_weight
-from stillroom.errors import DataError, NotFiniteError, RecipeError
+from stillroom.errors import NotFiniteError, RecipeError
 from stillroom.quantization.allocation import LayerChoice, allocate, packed_bytes, repair
+from stillroom.quantization.divergence import kl_measure
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sensitivity import (
     gptq_with,
-    kl_measure,
     measure_costs,
     replaced,
     rounding,
@@ -73,40 +73,6 @@ def test_a_layer_that_is_not_called_stands_alone():
     assert _last(_tied(model)).count(["spare"]) == 2
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bert_classifier])
-def test_the_measure_is_the_kl_divergence(make):
-    model = make()
-    data = token_rows()
-    measure = kl_measure(model, data, tokens=10**6, batch_size=4)
-    assert measure() == 0
-    before = model(input_ids=data.input_ids).logits.float().log_softmax(-1).detach()
-    for weight in list(_weights(model).values())[:3]:
-        weight.write(weight.read() * 0.5)
-    after = model(input_ids=data.input_ids).logits.float().log_softmax(-1).detach()
-    expected = (before.exp() * (before - after)).sum(-1).mean()
-    assert expected > 1e-5
-    assert measure() == pytest.approx(float(expected), rel=1e-2)
-
-
-@torch.no_grad()
-def test_few_tokens_are_spread_over_the_rows_and_padding_is_left_out():
-    model = tiny_llama()
-    data = token_rows(6, 16, padding=4)
-    weight = _weights(model)["model.layers.0.mlp.up_proj"]
-    measure = kl_measure(model, data, tokens=10)
-    before = model(data.input_ids, attention_mask=data.attention_mask).logits.log_softmax(-1)
-    weight.write(weight.read() * 0.5)
-    after = model(data.input_ids, attention_mask=data.attention_mask).logits.log_softmax(-1)
-    mask = data.attention_mask.bool()
-    each = (before.exp() * (before - after)).sum(-1)[mask]  # 84 real tokens
-    assert measure() == pytest.approx(float(each[8::9].mean()), rel=1e-4)
-
-
-def test_no_rows_are_refused():
-    with pytest.raises(DataError, match="calibration rows"):
-        kl_measure(tiny_llama(), token_rows(0))
-
-
 def _costs(model, offers=OFFERS, quantize=None):
     measure = kl_measure(model, token_rows())
     quantize = quantize or rounding(OPTIONS)
@@ -137,7 +103,7 @@ def test_a_cost_is_what_replacing_only_this_group_costs():
     quantize, weights = rounding(OPTIONS), _weights(model)
     for name in costs[5].layers:
         weights[name].write(quantize(name, weights[name].read(), OFFERS[1]))
-    assert measure() == costs[5].options[1].cost
+    assert measure(costs[5].layers) == costs[5].options[1].cost
 
 
 def test_offers_that_do_not_fit_are_left_out():
@@ -193,11 +159,11 @@ def test_mixed_bits_lose_less_than_one_choice_for_all_of_the_same_bytes():
 
         def joint(allocation):
             replace_by(allocation.layers)
-            return measure()
+            return measure(allocation.layers)
 
         found = repair(costs, start, budget, joint)
         replace_by(dict.fromkeys(weights, uniform))
-        lost = measure()
+        lost = measure(weights)
     assert found.allocation.size_bytes <= budget
     assert len({choice.bits for choice in found.allocation.layers.values()}) > 1
     assert found.joint_after <= found.joint_before
