@@ -4,16 +4,16 @@ import torch
 from torch import Tensor
 
 from stillroom.errors import RecipeError
-from stillroom.quantization.grid import Grid, find_grid
+from stillroom.quantization.gptq import find_grids
+from stillroom.quantization.grid import Grid
 from stillroom.quantization.hessian import inverse_cholesky
-from stillroom.quantization.options import QuantizationOptions
+from stillroom.quantization.options import DEFAULT_DAMPING, QuantizationOptions
 from stillroom.quantization.weight import QuantizedWeight, Solution, relative_output_error
 
 # Each row updates an inverse of its own after each of its weights: out x in^3 multiplications.
 LARGEST_WORK = 2**36
 # Inverses of so many bytes are worked on together: enough to hide the calls, and in the cache.
 BYTES_AT_ONCE = 2**23
-DAMPING = 0.1  # where the options leave it open
 
 
 def obq(
@@ -40,24 +40,24 @@ def obq(
     W = W.float()
     out, columns = W.shape
     _refuse_large(out, columns)
-    factor = inverse_cholesky(H, DAMPING if options.damping is None else options.damping)
+    factor = inverse_cholesky(H, DEFAULT_DAMPING if options.damping is None else options.damping)
     U = factor.upper.double().to(W.device)
     inverse = U.T @ U
-    scales, zeros = _static_grids(W, H, options)
+    grids = find_grids(W, H, options)  # (out, groups)
     group = options.group_columns(columns)
     integers = torch.empty(out, columns, dtype=torch.uint8, device=W.device)
     clipped = 0
     step = max(1, BYTES_AT_ONCE // (8 * columns**2))
     for rows in torch.split(torch.arange(out, device=W.device), step):
         grid = Grid(
-            scales[rows].repeat_interleave(group, dim=1),  # (rows, in)
-            zeros[rows].repeat_interleave(group, dim=1),
+            grids.scale[rows].repeat_interleave(group, dim=1),  # (rows, in)
+            grids.zero[rows].repeat_interleave(group, dim=1),
             options.bits,
             options.symmetric,
         )
         integers[rows], beyond = _round_rows(W[rows], inverse, grid, order)
         clipped += beyond
-    weight = QuantizedWeight(integers, scales.half(), zeros.to(torch.uint8), options.bits)
+    weight = QuantizedWeight(integers, grids.scale.half(), grids.zero.to(torch.uint8), options.bits)
     return Solution(weight, relative_output_error(W, weight, H.float()), factor.damping, clipped)
 
 
@@ -67,18 +67,6 @@ def _refuse_large(out: int, columns: int) -> None:
             f"OBQ takes layers of out_features x in_features³ up to {LARGEST_WORK:.1e}: "
             f"{out} x {columns}³ is {out * columns**3:.1e}; use gptq"
         )
-
-
-def _static_grids(W: Tensor, H: Tensor, options: QuantizationOptions) -> tuple[Tensor, Tensor]:
-    """Return the scales and zero points, (out, groups) float32, for the original weights."""
-    columns = W.shape[1]
-    importance = H.diagonal().float() if options.weighted_grid else None
-    grids = []
-    every = torch.arange(columns, device=W.device)
-    for part in torch.split(every, options.group_columns(columns)):
-        weights = None if importance is None else importance[part]
-        grids.append(find_grid(W[:, part], options.bits, options.symmetric, weights))
-    return torch.cat([g.scale for g in grids], dim=1), torch.cat([g.zero for g in grids], dim=1)
 
 
 def _round_rows(W: Tensor, inverse: Tensor, grid: Grid, order: Tensor | None) -> tuple[Tensor, int]:
