@@ -18,7 +18,7 @@ from tasks.registry import register_base
 from tests.registering import new_place
 from tests.stillroom.quantization.gguf_models import tiny_model, write_checkpoint
 
-pytest.importorskip("gguf", reason="the extra `builtin` is not installed")
+pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
 llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="make install-llama-cpp was not run")
 TEXTS = ["the thing", "in 12 of", ""]
 CONTENTS = Contents("base", "causal_lm", "a" * 64, "Apache-2.0", ())
