@@ -4,10 +4,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stillroom.errors import NotFiniteError, RecipeError
 from stillroom.quantization.knapsack import Item, select, undominated
+from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.packing import WORD, values_per_unit
 
 
@@ -145,6 +146,18 @@ def repair(
         if measured < joint:
             now, joint, swaps = candidate, measured, swaps + 1
     return Repair(now, before, joint, len(seen), swaps)
+
+
+def layer_options(
+    layers: Mapping[str, LayerChoice], options: QuantizationOptions
+) -> dict[str, QuantizationOptions]:
+    """Return the options of each layer: `options` but for bits and group size."""
+    return {name: with_choice(options, choice) for name, choice in layers.items()}
+
+
+def with_choice(options: QuantizationOptions, choice: LayerChoice) -> QuantizationOptions:
+    """Return the options with the bits and the group size of a choice."""
+    return replace(options, bits=choice.bits, group_size=choice.group_size)  # type: ignore[arg-type]
 
 
 def dynamic_section(

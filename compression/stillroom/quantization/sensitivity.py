@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +14,7 @@ from stillroom.quantization.allocation import (
     MeasuredChoice,
     ModuleChoices,
     packed_bytes,
+    with_choice,
 )
 from stillroom.quantization.divergence import forward_arguments
 from stillroom.quantization.gptq import gptq
@@ -42,12 +42,12 @@ def rounding(options: QuantizationOptions) -> Quantize:
     """Return round-to-nearest with the options but for bits and group size."""
 
     def quantize(name: str, W: Tensor, choice: LayerChoice) -> Tensor:
-        return round_to_nearest(W, _with(options, choice)).weight.dequantize()
+        return round_to_nearest(W, with_choice(options, choice)).weight.dequantize()
 
     return quantize
 
 
-def gptq_with(hessians: Mapping[str, Tensor], options: QuantizationOptions) -> Quantize:
+def gptqwith_choice(hessians: Mapping[str, Tensor], options: QuantizationOptions) -> Quantize:
     """Return GPTQ with the options but for bits and group size.
 
     `hessians` holds H, (in, in), by layer; a layer without one is rounded to nearest.
@@ -57,13 +57,9 @@ def gptq_with(hessians: Mapping[str, Tensor], options: QuantizationOptions) -> Q
     def quantize(name: str, W: Tensor, choice: LayerChoice) -> Tensor:
         if name not in hessians:
             return rounded(name, W, choice)
-        return gptq(W, hessians[name], _with(options, choice)).weight.dequantize()
+        return gptq(W, hessians[name], with_choice(options, choice)).weight.dequantize()
 
     return quantize
-
-
-def _with(options: QuantizationOptions, choice: LayerChoice) -> QuantizationOptions:
-    return replace(options, bits=choice.bits, group_size=choice.group_size)  # type: ignore[arg-type]
 
 
 def measure_costs(
@@ -135,7 +131,7 @@ def _fitting(
     shapes = {name: tuple(weights[name].read().shape) for name in group}
     fitting, refused = [], None
     for choice in offers:
-        options = _with(QuantizationOptions(), choice)
+        options = with_choice(QuantizationOptions(), choice)
         try:
             for name, (out, columns) in shapes.items():
                 check_fits(options, out, columns, name)

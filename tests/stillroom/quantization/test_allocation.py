@@ -14,6 +14,7 @@ from stillroom.quantization.allocation import (
     ModuleChoices,
     allocate,
     dynamic_section,
+    layer_options,
     packed_bytes,
     repair,
 )
@@ -228,3 +229,12 @@ def test_the_dynamic_section_holds_what_differs_from_the_default():
 
 def test_one_choice_for_all_needs_no_dynamic_section():
     assert dynamic_section(dict.fromkeys(NAMES, LayerChoice(4, 32)), LayerChoice(4, 32)) == {}
+
+
+def test_layers_get_the_options_but_for_bits_and_group_size():
+    options = QuantizationOptions(4, 64, symmetric=True, damping=0.2)
+    found = layer_options({"a": LayerChoice(3, 32), "b": LayerChoice(8, -1)}, options)
+    assert found == {
+        "a": QuantizationOptions(3, 32, symmetric=True, damping=0.2),
+        "b": QuantizationOptions(8, -1, symmetric=True, damping=0.2),
+    }
