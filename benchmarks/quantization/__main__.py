@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 from benchmarks.quantization.cells import Cell, table_cells, timing_cells
+from benchmarks.quantization.decode import measure_decode
 from benchmarks.quantization.measures import (
     measure_growth,
     measure_kills,
@@ -25,6 +26,7 @@ MEASURES: dict[str, Callable[[], None]] = {
     "memory": measure_memory,
     "kills": measure_kills,
     "sst2": measure_sst2,
+    "decode": measure_decode,
 }
 PARTS = ("peers", "rows", "timing", "measures", "report", *MEASURES)
 

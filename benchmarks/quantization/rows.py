@@ -65,15 +65,18 @@ def run_job(cell: Cell, folder: Path, **more: Any) -> dict[str, Any]:
     path = folder / "job.json"
     path.write_text(json.dumps(job))
     with (folder / "log.txt").open("w") as log:
-        done = subprocess.run(
-            [*_command(cell), str(path)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env=_environment(),
-            timeout=TIMEOUT,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [*_command(cell), str(path)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=_environment(),
+                timeout=TIMEOUT,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{cell.name} took more than {TIMEOUT} seconds") from None
     if done.returncode:
         ending = (folder / "log.txt").read_text()[-2000:]
         raise RuntimeError(f"{cell.name} ended with {done.returncode}: {ending}")

@@ -17,6 +17,18 @@ VARIANTS: dict[str, dict] = {
     "default": {},
     "best": {"mse": 2.4, "act_group_aware": True, "damp_percent": 0.1, "dtype": "float32"},
 }
+OPTIONS = (
+    "sym",
+    "desc_act",
+    "act_group_aware",
+    "static_groups",
+    "true_sequential",
+    "damp_percent",
+    "damp_auto_increment",
+    "mse",
+    "gptaq",
+    "foem",
+)
 
 
 def main(job: dict) -> None:
@@ -41,10 +53,12 @@ def main(job: dict) -> None:
     packed = Path(job["out"] + ".packed")
     model.save(str(packed))
     costs.finished()
-    used = {name: str(value) for name, value in vars(config).items()} | {"dtype": str(dtype)}
-    dense, stored = _dense(GPTQModel.load(str(packed), backend=BACKEND.GPTQ_TORCH, device="cpu"))
-    save_file(dense, job["out"] + ".safetensors")
-    report = costs.report() | {"stored_bytes": stored, "options": used}
+    used = {name: str(getattr(config, name)) for name in OPTIONS} | {"dtype": str(dtype)}
+    report = costs.report() | {"options": used}
+    if job.get("dense", True):
+        loaded = GPTQModel.load(str(packed), backend=BACKEND.GPTQ_TORCH, device="cpu")
+        dense, report["stored_bytes"] = _dense(loaded)
+        save_file(dense, job["out"] + ".safetensors")
     Path(job["out"] + ".json").write_text(json.dumps(report, indent=1))
 
 

@@ -49,7 +49,10 @@ def main(job: dict) -> None:
     model.save_pretrained(job["out"] + ".packed", save_compressed=True)
     costs.finished()
     save_file(dense, job["out"] + ".safetensors")
-    used = {"scheme": str(scheme), "modifier": str(modifier.model_dump())}
+    used = {
+        name: str(getattr(modifier, name)) for name in ("dampening_frac", "actorder", "block_size")
+    }
+    used["weights"] = str(scheme.weights)
     report = costs.report() | {"stored_bytes": stored, "options": used}
     report["rounded_to_nearest"] = list(modifier._rtn_fallback_module_names)
     Path(job["out"] + ".json").write_text(json.dumps(report, indent=1))

@@ -1,0 +1,97 @@
+"""Decoding on this CPU: the GGUF export under llama.cpp and the packed linear, against fp32."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.quantization.cells import MAIN, Cell
+from benchmarks.quantization.claims import Claim, at_least, at_most
+from benchmarks.quantization.measures import keep
+from benchmarks.quantization.places import bench_folder
+from benchmarks.quantization.rows import run_job
+from benchmarks.quantization.work import BLOCKS, calibration_rows, model_folder
+
+NEW_TOKENS = 64
+PROMPT = 16  # tokens
+REPEATS = 5
+DECODED = (1, 2, 4, 8)  # tokens at once
+
+
+def measure_decode() -> None:
+    """Time both, interleaved, and keep what could be measured here."""
+    from stillroom.llama_engine import has_llama_cpp
+
+    claims, more = _linear()
+    if has_llama_cpp():
+        speeds = _tokens_per_second()
+        ratio = median(speeds["llama.cpp"]) / median(speeds["transformers fp32"])
+        text = "GGUF export under llama.cpp: tokens/s over those of fp32 transformers"
+        claims.append(at_least(text, 6.0, ratio))
+        more["tokens_per_second"] = speeds
+    keep("decode", claims, **more)
+
+
+def _linear() -> tuple[list[Claim], dict[str, Any]]:
+    """Compare our packed linear with fp32 at SmolLM2's shapes, each from memory as in decode."""
+    from dataclasses import asdict
+
+    from benchmarks.quantization.kernels import SHAPES, compare
+
+    ours = tuple(shape for shape in SHAPES if max(shape) <= 1536)
+    threads = (torch.get_num_threads(),)
+    rows = list(compare(ours, (4, 3), DECODED, threads, REPEATS, time.perf_counter))
+    worst = max(row.ratio for row in rows if row.state == "cold")
+    text = "our linear's time over fp32's in decode, the slowest of SmolLM2's shapes, 1 to 8 tokens"
+    return [at_most(text, 1.0, worst)], {"linear": [asdict(row) for row in rows]}
+
+
+def _tokens_per_second() -> dict[str, list[float]]:
+    from stillroom.llama_engine import LlamaCppModel
+    from stillroom.models import load_model
+
+    gguf = LlamaCppModel(_gguf())
+    dense = load_model(model_folder(), dtype=torch.float32)
+    prompt = calibration_rows(0).input_ids[0, :PROMPT]
+
+    def transformers() -> object:
+        return dense.generate(
+            prompt[None],
+            attention_mask=torch.ones_like(prompt)[None],
+            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+        )
+
+    ways: dict[str, Callable[[], object]] = {
+        "transformers fp32": transformers,
+        "llama.cpp": lambda: gguf.continue_greedily(prompt.tolist(), NEW_TOKENS, ()),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(REPEATS + 1):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            if repeat:  # the first warms up
+                speeds[name].append(NEW_TOKENS / (time.perf_counter() - started))
+    return speeds
+
+
+def _gguf() -> Path:
+    """Return the GGUF export of all 30 blocks at 4 bits; what they round to changes no time."""
+    from stillroom.quantization.gguf_export import export_gguf
+
+    folder = bench_folder() / "running" / "decode"
+    file = folder / "model.gguf"
+    if not file.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        run_job(Cell("stillroom", "rtn", *MAIN[0], BLOCKS, repeat=0), folder)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(model_folder() / name, folder / "out.packed" / name)
+        export_gguf(folder / "out.packed", file)
+    return file
