@@ -200,6 +200,9 @@ class Quantization(Section):
     """Let each layer make good what the layers before it lost, as far as held-out rows gain."""
     bias_correction: bool = True
     """Let biases take up the mean of what rounding loses."""
+    embedding_bits: Literal[8] | None = None
+    """Bits of embeddings and head; absent: as they are. Other libraries than this one and llama.cpp
+    do not read GPTQ checkpoints with packed embeddings."""
     mixed: MixedBits | None = None
     """Bits chosen for each layer under a budget; absent: the same bits everywhere."""
     max_perplexity_ratio: Annotated[float, Field(ge=1)] | None = None
@@ -223,6 +226,8 @@ class Quantization(Section):
                 "engine gptqmodel does gptq with the same bits everywhere; use the engine "
                 "stillroom for other methods and for mixed bits"
             )
+        if self.engine == "gptqmodel" and self.embedding_bits:
+            raise ValueError("engine gptqmodel leaves embeddings as they are: drop embedding_bits")
         return self
 
 

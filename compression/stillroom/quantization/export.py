@@ -116,6 +116,10 @@ def _tensors(
     """Yield every tensor of the checkpoint by name; tied ones once."""
     inside = tuple(f"{stack}." for stack in result.stacks)
     written: set[int] = set()
+    for name, weight in result.embeddings.items():
+        written.add(weight_at(model, name).stored.data_ptr())
+        for part, tensor in pack(weight).tensors().items():
+            yield f"{name}.{part}", tensor
     for name, tensor in model.state_dict().items():
         if not name.startswith(inside) and tensor.data_ptr() not in written:
             written.add(tensor.data_ptr())

@@ -5,10 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stillroom.quantization.grid import Grid, find_grid
+from stillroom.quantization.grid import Grid, beyond, find_grid
 from stillroom.quantization.hessian import inverse_cholesky
 from stillroom.quantization.options import DEFAULT_DAMPING, QuantizationOptions
+from stillroom.quantization.threads import one_thread
 from stillroom.quantization.weight import QuantizedWeight, Solution, relative_output_error
+
+# Columns that are corrected one by one.
+RUN = 32
 
 
 def gptq(W: Tensor, H: Tensor, options: QuantizationOptions) -> Solution:
@@ -120,30 +124,54 @@ def solve(
                 found = _grid_of_group(T[0, start : start + group].T, start, importance, options)
                 scales.append(found.scale[:, 0])
                 zeros.append(found.zero[:, 0])
-        E = torch.empty(versions, end - start, out, device=W.device)
-        for i in range(start, end):
-            scale, zero = scales[place[i] // group], zeros[place[i] // group]  # (out,)
-            w = T[:, i]  # (versions, out)
-            q = torch.div(w, scale).round_().add_(zero).clamp_(0, 2**options.bits - 1)
-            Q[:, i] = q
-            e = torch.sub(w, q.sub_(zero).mul_(scale), out=E[:, i - start])
-            e.div_(U[:, i, i, None])
-            if i + 1 < end:
-                T[:, i + 1 : end].baddbmm_(U[:, i, i + 1 : end, None], e[:, None], alpha=-1)
-        T[:, end:].baddbmm_(U[:, start:end, end:].mT, E, alpha=-1)
         index = [place[i] // group for i in range(start, end)]
-        grid = Grid(
-            torch.stack([scales[g] for g in index]),
-            torch.stack([zeros[g] for g in index]),
-            options.bits,
-            options.symmetric,
-        )
-        clipped += grid.clipped(T[:, start:end]).sum(1)
+        with one_thread():
+            block = _round_block(
+                T[:, start:end],
+                U[:, start:end, start:end],
+                [(scales[g], zeros[g]) for g in index],
+                2**options.bits - 1,
+            )
+        Q[:, start:end] = block.integers
+        clipped += block.clipped
+        T[:, end:].baddbmm_(U[:, start:end, end:].mT, block.errors, alpha=-1)
         start = end
     integers = torch.empty_like(Q)
     integers[:, order] = Q
     shared = Grid(torch.stack(scales, 1), torch.stack(zeros, 1), options.bits, options.symmetric)
     return Rounded(integers, shared, clipped)
+
+
+@dataclass(frozen=True)
+class _Block:
+    integers: Tensor  # (versions, block, out) float32
+    errors: Tensor  # (versions, block, out), E
+    clipped: Tensor  # (versions, out)
+
+
+def _round_block(T: Tensor, U: Tensor, grids: list[tuple[Tensor, Tensor]], top: int) -> _Block:
+    """Round the columns T, (versions, block, out), that all columns before them have corrected.
+
+    A column is corrected when it is reached, for those before it in its run of `RUN`; the columns
+    after a run are corrected when it is done. So most of the work is a product of matrices.
+    """
+    columns = T.shape[1]
+    E = torch.empty_like(T)
+    positions, Q = torch.empty_like(E), torch.empty_like(E)
+    for start in range(0, columns, RUN):
+        end = min(start + RUN, columns)
+        for i in range(start, end):
+            scale, zero = grids[i]  # (out,)
+            w = T[:, i]  # (versions, out)
+            if i > start:
+                w = torch.baddbmm(w[:, None], U[:, None, start:i, i], E[:, start:i], alpha=-1)[:, 0]
+            position = torch.div(w, scale, out=positions[:, i])
+            q = torch.round(position, out=Q[:, i]).add_(zero).clamp_(0, top)
+            e = torch.sub(q, zero, out=E[:, i]).mul_(scale).sub_(w)
+            e.div_(-U[:, i, i, None])
+        T[:, end:].baddbmm_(U[:, start:end, end:].mT, E[:, start:end], alpha=-1)
+    positions += torch.stack([zero for _, zero in grids])
+    return _Block(Q, E, beyond(positions, top).sum(1))
 
 
 def _grid_of_group(

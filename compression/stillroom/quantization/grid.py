@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stillroom.quantization.threads import one_thread
+
 # A candidate range is one of these shares of the range that the weights span.
 SHARES = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.52, 0.44)
 # Rounds of refitting scale and zero point to the integers that they led to.
@@ -40,10 +42,13 @@ class Grid:
 
     def clipped(self, values: Tensor) -> Tensor:
         """Return where a value lies beyond the grid by more than half a step, (rows, columns)."""
-        position = values / self.scale + self.zero
-        middle = (2**self.bits - 1) / 2
-        beyond: Tensor = (position - middle).abs() > middle + 0.5 + 1e-3
-        return beyond
+        return beyond(values / self.scale + self.zero, 2**self.bits - 1)
+
+
+def beyond(positions: Tensor, top: int) -> Tensor:
+    """Return where a position on a grid from 0 to `top` is outside by more than half a step."""
+    outside: Tensor = (positions - top / 2).abs() > top / 2 + 0.5 + 1e-3
+    return outside
 
 
 def find_grid(values: Tensor, bits: int, symmetric: bool, importance: Tensor | None = None) -> Grid:
@@ -59,12 +64,14 @@ def find_grid(values: Tensor, bits: int, symmetric: bool, importance: Tensor | N
     if importance is None or not bool((importance > 0).any()):
         return whole
     rows = max(1, WEIGHTS_AT_ONCE // values.shape[1])
-    parts = [
-        _search(piece.contiguous(), importance, Grid(scale, zero, bits, symmetric))
-        for piece, scale, zero in zip(
-            *(torch.split(each, rows) for each in (values, whole.scale, whole.zero)), strict=True
-        )
-    ]
+    pieces = zip(
+        *(torch.split(each, rows) for each in (values, whole.scale, whole.zero)), strict=True
+    )
+    with one_thread():
+        parts = [
+            _search(piece.contiguous(), importance, Grid(scale, zero, bits, symmetric))
+            for piece, scale, zero in pieces
+        ]
     scale, zero = (torch.cat([getattr(part, name) for part in parts]) for name in ("scale", "zero"))
     return Grid(scale, zero, bits, symmetric)
 

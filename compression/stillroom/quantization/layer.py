@@ -18,7 +18,7 @@ from stillroom.quantization.options import DEFAULT_DAMPING, QuantizationOptions
 from stillroom.quantization.refine import refine
 from stillroom.quantization.weight import QuantizedWeight, Solution
 
-DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
+DAMPINGS = (0.01, 0.03, 0.1, 0.3)
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 # Output rows on which the choices are made: rows do not depend on one another.
 ROWS_TO_CHOOSE_ON = 192
@@ -104,7 +104,7 @@ def quantize_together(
     weight = rounded.weight(0)
     if choice.refined:
         H = damp(whole.hessian, factor.damping)
-        weight = refine(target, H, weight, options.refinements, options.block_size)
+        weight = refine(target, H, weight, options.refinements)
     corrected = None
     if bias is not None and options.bias_correction:
         corrected = _corrected_bias(W, weight, bias, uncentred)
@@ -128,8 +128,8 @@ def _choose(
     every = max(1, W.shape[0] // ROWS_TO_CHOOSE_ON)
     problem = Problem(W[::every].contiguous(), train, order)
     dampings = DAMPINGS if options.damping is None else (options.damping,)
-    damping, weight, loss = _best_damping(problem, dampings, held_out, options)
-    factor, alpha = problem.factor(damping), 0.0
+    factor, weight, loss = _best_damping(problem, dampings, held_out, options)
+    alpha = 0.0
     if options.cross_layer and train.shift is not None:
         for other in ALPHAS:
             target = problem.target(factor, other)
@@ -141,7 +141,7 @@ def _choose(
     if options.refinements:
         H = damp(train.hessian, factor.damping)
         target = problem.target(factor, alpha)
-        tried = refine(target, H, weight, options.refinements, options.block_size)
+        tried = refine(target, H, weight, options.refinements)
         refined = _loss(problem.W, tried, held_out) < loss
         weight = tried if refined else weight
     errors = _row_errors(problem.W, weight, held_out.hessian)
@@ -153,12 +153,12 @@ def _best_damping(
     dampings: Sequence[float],
     held_out: Statistics,
     options: QuantizationOptions,
-) -> tuple[float, QuantizedWeight, float]:
-    """Return the damping that loses least on the held-out rows, its weight and the loss."""
+) -> tuple[InverseFactor, QuantizedWeight, float]:
+    """Return the factor that loses least on the held-out rows, its weight and the loss."""
     at_once = max(1, FACTORS_AT_ONCE // problem.W.shape[1] ** 2)
     if not options.act_order:
         at_once = 1  # grids that are found on the way differ from damping to damping
-    best: tuple[float, QuantizedWeight, float] | None = None
+    best: tuple[InverseFactor, QuantizedWeight, float] | None = None
     for start in range(0, len(dampings), at_once):
         factors = [problem.factor(damping) for damping in dampings[start : start + at_once]]
         upper = torch.stack([factor.upper for factor in factors])
@@ -167,7 +167,7 @@ def _best_damping(
             weight = rounded.weight(version)
             loss = _loss(problem.W, weight, held_out)
             if best is None or loss < best[2]:
-                best = (factor.damping, weight, loss)
+                best = (factor, weight, loss)
     assert best is not None
     return best
 

@@ -50,7 +50,7 @@ def load_quantized(
 
 
 def _place(
-    model: nn.Module,
+    model: PreTrainedModel,
     name: str,
     layer: QuantizedLinear,
     state: dict[str, Tensor],
@@ -60,8 +60,14 @@ def _place(
     """Put a layer where the model has its dense one; return the parameter that it stands for."""
     weight = weight_at(model, name)
     owner = name if weight.expert is None else name.rsplit(".", 2)[0]
-    # An expert is a slice of a parameter, where no layer of its own has room.
-    if weights == "dense" or weight.expert is not None:
+    # An expert is a slice of a parameter, where no layer of its own has room; rows of embeddings
+    # are looked up, not multiplied.
+    if (
+        weights == "dense"
+        or weight.expert is not None
+        or isinstance(weight.module, nn.Embedding)
+        or weight.module is model.get_output_embeddings()
+    ):
         weight.write(layer.dequantize())
         return f"{owner}.{weight.parameter}"
     bias = state.pop(f"{name}.bias", None)

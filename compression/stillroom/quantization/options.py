@@ -28,6 +28,7 @@ class QuantizationOptions:
     true_sequential: bool = True  # in a block, calibrate behind the layers already quantized
     refinements: int = 2  # rounds of coordinate descent and refitted scales after GPTQ
     cross_layer: bool = True  # let a layer make good what the layers before it lost
+    embedding_bits: Literal[8] | None = None  # of input embeddings and head; None: as they are
     bias_correction: bool = True  # let a bias take up the mean of what rounding loses
 
     def group_columns(self, in_features: int) -> int:

@@ -50,16 +50,14 @@ def pack_rows(values: Tensor, bits: int) -> Tensor:
         raise MismatchError(
             f"expected a multiple of {unit} values of {bits} bits, got {values.shape[0]}"
         )
-    grouped = values.reshape(-1, unit, values.shape[1]).long()  # (units, unit, m)
+    grouped = values.reshape(-1, unit, values.shape[1]).int()  # (units, unit, m)
     words = grouped.new_zeros(grouped.shape[0], unit * bits // WORD, grouped.shape[2])
     for j in range(unit):
         word, shift = divmod(j * bits, WORD)
         words[:, word] |= grouped[:, j] << shift
         if shift + bits > WORD:
             words[:, word + 1] |= grouped[:, j] >> (WORD - shift)
-    words &= 0xFFFFFFFF
-    words -= (words >> (WORD - 1)) << WORD  # the same bits, read as a signed number
-    return words.int().reshape(-1, values.shape[1])
+    return words.reshape(-1, values.shape[1])
 
 
 def unpack_rows(words: Tensor, bits: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stillroom.quantization.grid import storable
+from stillroom.quantization.threads import one_thread
 from stillroom.quantization.weight import QuantizedWeight
 
 # Rows whose scales are solved for at once: each needs a matrix of groups x groups.
@@ -15,29 +16,29 @@ MATRIX_NUMBERS_AT_ONCE = 1 << 24
 
 
 def refine(
-    W: Tensor, H: Tensor, weight: QuantizedWeight, rounds: int, block_size: int = 128
+    W: Tensor, H: Tensor, weight: QuantizedWeight, rounds: int, block_size: int = 32
 ) -> QuantizedWeight:
     """Return `weight` improved as an approximation of W, (out, in), under H, (in, in).
 
     A round is one sweep of `descend` over all columns and one `refit_scales`. H must have a
     positive diagonal; damp it as for GPTQ.
     """
+    WH = W @ H
     for _ in range(rounds):
         weight = descend(W, H, weight, block_size)
-        weight = refit_scales(W, H, weight)
+        weight = refit_scales(W, H, weight, WH)
     return descend(W, H, weight, block_size) if rounds else weight
 
 
-def descend(
-    W: Tensor, H: Tensor, weight: QuantizedWeight, block_size: int = 128
-) -> QuantizedWeight:
+def descend(W: Tensor, H: Tensor, weight: QuantizedWeight, block_size: int = 32) -> QuantizedWeight:
     """Return the weight after one sweep of coordinate descent, all rows at once.
 
     Each column moves to the point of its grid that is best while all others stay:
 
         w'_j = q_j + [H (W - Q)ᵀ]_j / H_jj,   q_j = round(w'_j)
 
-    The residual H (W - Q)ᵀ is kept up to date inside a block at once, outside when it is done.
+    The residual H (W - Q)ᵀ is brought up to date for a column when it is reached, for all columns
+    when a block is done.
     """
     columns = W.shape[1]
     group = weight.group_size
@@ -51,38 +52,41 @@ def descend(
     for start in range(0, columns, block_size):
         end = min(start + block_size, columns)
         moved = torch.empty(end - start, W.shape[0], device=W.device)
-        for j in range(start, end):
-            scale, zero = scales[j // group], zeros[j // group]  # (out,)
-            target = torch.add(values[j], R[j], alpha=1 / diagonal[j])
-            q = target.div_(scale).round_().add_(zero).clamp_(0, top)
-            integers[j] = q
-            delta = torch.sub(values[j], q.sub_(zero).mul_(scale), out=moved[j - start])
-            R[start:end].addr_(H[start:end, j], delta)
-        R[:start].addmm_(H[:start, start:end], moved)
-        R[end:].addmm_(H[end:, start:end], moved)
+        with one_thread():
+            for j in range(start, end):
+                scale, zero = scales[j // group], zeros[j // group]  # (out,)
+                residual = R[j]
+                if j > start:
+                    residual = torch.addmv(residual, moved[: j - start].T, H[start:j, j])
+                target = torch.add(values[j], residual, alpha=1 / diagonal[j])
+                q = target.div_(scale).round_().add_(zero).clamp_(0, top)
+                integers[j] = q
+                torch.sub(values[j], q.sub_(zero).mul_(scale), out=moved[j - start])
+        R.addmm_(H[:, start:end], moved)
     return QuantizedWeight(
         integers.T.to(torch.uint8).contiguous(), weight.scales, weight.zeros, weight.bits
     )
 
 
-def refit_scales(W: Tensor, H: Tensor, weight: QuantizedWeight) -> QuantizedWeight:
+def refit_scales(
+    W: Tensor, H: Tensor, weight: QuantizedWeight, WH: Tensor | None = None
+) -> QuantizedWeight:
     """Return the weight with the scales that are best for its integers, row by row.
 
     With Z the integers less their zero points, one column a group: s = (Zᵀ H Z)⁻¹ Zᵀ H w. Rows in
-    which the stored fp16 scales would lose more than the old ones keep those.
+    which the stored fp16 scales would lose more than the old ones keep those. WH is W @ H,
+    (out, in), where it is known.
     """
+    WH = W @ H if WH is None else WH
     groups = weight.scales.shape[1]
     rows = max(1, MATRIX_NUMBERS_AT_ONCE // (groups * groups + W.shape[1]))
     scales = torch.cat(
         [
-            _solve_scales(W[start : start + rows], H, part)
-            for start, part in ((s, weight.rows(s, s + rows)) for s in range(0, len(W), rows))
+            _solve_scales(WH[start : start + rows], H, weight.rows(start, start + rows))
+            for start in range(0, len(W), rows)
         ]
     )
-    fitted = QuantizedWeight(weight.integers, scales, weight.zeros, weight.bits)
-    better = row_losses(W, H, fitted) < row_losses(W, H, weight)  # (out,)
-    kept = torch.where(better[:, None], scales, weight.scales)
-    return QuantizedWeight(weight.integers, kept, weight.zeros, weight.bits)
+    return QuantizedWeight(weight.integers, scales, weight.zeros, weight.bits)
 
 
 def row_losses(W: Tensor, H: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -91,23 +95,35 @@ def row_losses(W: Tensor, H: Tensor, weight: QuantizedWeight) -> Tensor:
     return ((D @ H) * D).sum(1)
 
 
-def _solve_scales(W: Tensor, H: Tensor, weight: QuantizedWeight) -> Tensor:
-    out, columns = W.shape
-    group = weight.group_size
-    groups = columns // group
-    zeros = weight.zeros.float().repeat_interleave(group, dim=1)
-    Z = weight.integers.float() - zeros  # (out, in)
-    A = torch.empty(out, groups, groups, device=W.device)  # Zᵀ H Z
-    b = torch.empty(out, groups, device=W.device)  # Zᵀ H w
-    for g in range(groups):
-        part = slice(g * group, (g + 1) * group)
-        ZH = Z[:, part] @ H[part]  # (out, in)
-        A[:, g] = (ZH * Z).view(out, groups, group).sum(-1)
-        b[:, g] = (ZH * W).sum(-1)
+def _solve_scales(WH: Tensor, H: Tensor, weight: QuantizedWeight) -> Tensor:
+    """Return the scales of some rows, (rows, groups) fp16."""
+    A, b = _normal_equations(WH, H, weight)
     # A group whose integers are all zero points has no scale of its own: the old one stays.
     free = A.diagonal(dim1=1, dim2=2) > 0
     A.diagonal(dim1=1, dim2=2).add_((~free).float())
     solved, failed = torch.linalg.solve_ex(A.double(), b.double()[..., None])
     found = solved[..., 0].float()
     usable = free & torch.isfinite(found) & (found != 0) & (failed == 0)[:, None]
-    return torch.where(usable, storable(found), weight.scales.float()).half()
+    old = weight.scales.float()
+    new = torch.where(usable, storable(found), old)
+
+    def loss(s: Tensor) -> Tensor:
+        """Return sᵀ A s - 2 bᵀ s, (rows,): the loss but for what does not depend on s."""
+        return (((A @ s[..., None])[..., 0] - 2 * b) * s).double().sum(1)
+
+    return torch.where((loss(new) < loss(old))[:, None], new, old).half()
+
+
+def _normal_equations(WH: Tensor, H: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    """Return Zᵀ H Z, (rows, groups, groups), and Zᵀ H w, (rows, groups), of some rows."""
+    rows, columns = WH.shape
+    group = weight.group_size
+    groups = columns // group
+    Z = weight.integers.float() - weight.zeros.float().repeat_interleave(group, dim=1)
+    A = torch.empty(rows, groups, groups, device=WH.device)
+    for g in range(groups):
+        part, rest = slice(g * group, (g + 1) * group), slice(g * group, columns)
+        ZH = (Z[:, part] @ H[part, rest]).mul_(Z[:, rest])  # (rows, columns from this group on)
+        A[:, g, g:] = ZH.view(rows, groups - g, group).sum(-1)
+        A[:, g:, g] = A[:, g, g:]
+    return A, (WH * Z).view(rows, groups, group).sum(-1)

@@ -18,6 +18,7 @@ from stillroom.checkpoint import Checkpoints, FolderCheckpoints, NoCheckpoints
 from stillroom.errors import DataError, NotFiniteError, NotPositiveDefiniteError, RecipeError
 from stillroom.progress import Progress, silent
 from stillroom.quantization.capture import BlockCaller, Place, Rows
+from stillroom.quantization.embeddings import round_embeddings
 from stillroom.quantization.inputs import (
     Round,
     Sums,
@@ -32,7 +33,7 @@ from stillroom.quantization.options import QuantizationOptions, check_fits
 from stillroom.quantization.pieces import Pieces, QuantizedLayer, work_fingerprint
 from stillroom.quantization.rounding import round_to_nearest
 from stillroom.quantization.streaming import Activations, Blocks, InMemory, Stream
-from stillroom.quantization.weight import LayerAccount, Solution
+from stillroom.quantization.weight import LayerAccount, QuantizedWeight, Solution
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class QuantizationResult:
     options: QuantizationOptions
     rows: Rows  # some calibration rows
     logits: Tensor  # what the quantized model makes of them
+    embeddings: Mapping[str, QuantizedWeight]  # input embeddings and head, where they were rounded
 
     @property
     def accounts(self) -> list[LayerAccount]:
@@ -111,14 +113,15 @@ def quantize_model(
         work_fingerprint(choices.settings(), calibration.input_ids, calibration.attention_mask),
     )
     model.train(False)
+    embeddings = round_embeddings(model) if options.embedding_bits else {}
     batches, held_out = _batches(model, calibration, options)
     caller = BlockCaller(model, stacks)
     with caller.entered(), TemporaryDirectory() as scratch:
         run = _Run(caller, batches, held_out, choices, pieces, blocks or InMemory(), Path(scratch))
         run.all_blocks(progress)
-        rows, logits = batches[0], run.now.logits(0)
+        rows, logits = run.now.logits(0)
     _warn_of_fallbacks(list(pieces.accounts.values()))
-    return QuantizationResult(pieces, skipped, tuple(stacks), options, rows, logits)
+    return QuantizationResult(pieces, skipped, tuple(stacks), options, rows, logits, embeddings)
 
 
 def _passing_checkpoints() -> Checkpoints:

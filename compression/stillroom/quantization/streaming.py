@@ -17,6 +17,7 @@ from stillroom.quantization.capture import BlockCaller, Place, Rows
 from stillroom.quantization.folder import QuantizedFolder, TensorFiles, open_quantized
 
 Side = tuple[Any, ...] | None
+LOGITS_AT_ONCE = 1 << 24
 
 
 class Blocks(Protocol):
@@ -81,6 +82,9 @@ class OnDisk:
         """
         inside = tuple(f"{prefix}." for prefix in stacks)
         self._load([key for name, key in self.sources if not name.startswith(inside)])
+        for name in [] if self.packed is None else self.packed.layers:
+            if not name.startswith(inside):
+                self._place(name)
         self.model.tie_weights()
         missing = [
             name
@@ -243,9 +247,20 @@ class Stream:
         """Say that all blocks of `stack` are done."""
         self._finished.append(stack)
 
-    def logits(self, b: int) -> Tensor:
-        """Return the model's logits of batch `b`; every stack must have been left."""
-        return self.caller.finish(self.batches[b], self._left(b), self.sides[b])
+    def logits(self, b: int) -> tuple[Rows, Tensor]:
+        """Return the first tokens of batch `b` and the model's logits; all stacks must be left.
+
+        They are as many as there is room for 2^24 logits, at least a row of one token.
+        """
+        rows = self.batches[b]
+        config: Any = self.caller.model.config
+        if hasattr(config, "vocab_size") and not config.is_encoder_decoder:
+            length = min(rows.ids.shape[1], max(1, LOGITS_AT_ONCE // config.vocab_size))
+            count = max(1, LOGITS_AT_ONCE // config.vocab_size // length)
+            rows = Rows(rows.ids[:count, :length], rows.mask[:count, :length])
+        count, length = rows.ids.shape
+        left = {name: hidden[:count, :length] for name, hidden in self._left(b).items()}
+        return rows, self.caller.finish(rows, left, self.sides[b])
 
     def _left(self, b: int) -> dict[str, Tensor]:
         return {name: self.hidden[name].read(b, self.device) for name in self._finished}
@@ -265,4 +280,4 @@ def streamed_logits(model: PreTrainedModel, blocks: Blocks, rows: Rows) -> Tenso
                 stream.advance(Place(stack, index))
                 blocks.release(prefix)
             stream.leave(stack)
-        return stream.logits(0)
+        return stream.logits(0)[1]

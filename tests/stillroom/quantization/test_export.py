@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stillroom.errors import CorruptedError, SourceError
+from stillroom.errors import CorruptedError, RecipeError, SourceError
 from stillroom.models import load_model
-from stillroom.quantization.export import save_quantized
+from stillroom.quantization.export import check_folder, save_quantized
 from stillroom.quantization.linear import QuantizedLinear
 from stillroom.quantization.loading import load_quantized
 from stillroom.quantization.options import QuantizationOptions
@@ -143,3 +143,31 @@ def test_a_truncated_file_is_reported(tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CorruptedError, match=r"model\.safetensors"):
         load_quantized(tmp_path)
+
+
+@pytest.mark.parametrize("weights", ["packed", "dense"])
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_embeddings_and_head_in_eight_bits(tmp_path, kind, weights):
+    model, result = _saved(tmp_path, kind, QuantizationOptions(4, 32, embedding_bits=8))
+    names = {"llama": "model.embed_tokens", "bert": "bert.embeddings.word_embeddings"}
+    assert set(result.embeddings) == {names[kind]}  # the head is tied, or a classifier's
+    state = load_file(tmp_path / "model.safetensors")
+    assert f"{names[kind]}.qweight" in state
+    assert f"{names[kind]}.weight" not in state
+    loaded = load_quantized(tmp_path, task=TASKS[kind], weights=weights)
+    expected = logits(model, rows())
+    came = logits(loaded, rows())
+    assert (came - expected).abs().max() <= 1e-5 * expected.abs().max()
+    check = check_folder(tmp_path, result, TASKS[kind], "cpu")
+    assert check.relative < 1e-5
+    original = MODELS[kind](hidden=64)
+    table = original.get_input_embeddings().weight
+    rounded = loaded.get_input_embeddings().weight
+    assert 0 < (table - rounded).abs().max() < table.abs().max() / 200
+
+
+def test_embeddings_that_fit_no_group_are_refused():
+    with pytest.raises(RecipeError, match="embedding_bits"):
+        quantize_model(
+            MODELS["llama"](hidden=48), rows(), QuantizationOptions(4, 16, embedding_bits=8)
+        )
