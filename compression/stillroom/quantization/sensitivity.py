@@ -47,7 +47,7 @@ def rounding(options: QuantizationOptions) -> Quantize:
     return quantize
 
 
-def gptqwith_choice(hessians: Mapping[str, Tensor], options: QuantizationOptions) -> Quantize:
+def gptq_with(hessians: Mapping[str, Tensor], options: QuantizationOptions) -> Quantize:
     """Return GPTQ with the options but for bits and group size.
 
     `hessians` holds H, (in, in), by layer; a layer without one is rounded to nearest.

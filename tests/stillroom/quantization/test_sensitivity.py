@@ -1,12 +1,21 @@
-from dataclasses import dataclass
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from stillroom.blocks import find_blocks, find_linears, read_weight, write_weight
+from stillroom.blocks import find_blocks, find_weights
 from stillroom.errors import NotFiniteError, RecipeError
-from stillroom.quantization.allocation import LayerChoice, allocate, packed_bytes, repair
+from stillroom.quantization.allocation import (
+    LayerChoice,
+    allocate,
+    layer_options,
+    packed_bytes,
+    repair,
+)
 from stillroom.quantization.divergence import kl_measure
+from stillroom.quantization.export import save_quantized
+from stillroom.quantization.loading import load_quantized
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sensitivity import (
     gptq_with,
@@ -15,6 +24,7 @@ from stillroom.quantization.sensitivity import (
     rounding,
     tied_layers,
 )
+from stillroom.quantization.sequential import quantize_model
 from tests.stillroom.rows import token_rows
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
 from tests.stillroom.tiny_decoders import tiny_gpt2
@@ -23,23 +33,12 @@ OFFERS = [LayerChoice(bits, group) for bits in (2, 3, 4, 8) for group in (32, 64
 OPTIONS = QuantizationOptions(damping=0.05)
 
 
-@dataclass
-class _Weight:
-    linear: torch.nn.Module
-
-    def read(self):
-        return read_weight(self.linear)
-
-    def write(self, values):
-        write_weight(self.linear, values)
-
-
 def _weights(model):
     prefix, blocks = find_blocks(model)
     return {
-        f"{prefix}.{i}.{name}": _Weight(linear)
+        f"{prefix}.{i}.{name}": weight
         for i, block in enumerate(blocks)
-        for name, linear in find_linears(block).items()
+        for name, weight in find_weights(block).items()
     }
 
 
@@ -168,3 +167,28 @@ def test_mixed_bits_lose_less_than_one_choice_for_all_of_the_same_bytes():
     assert len({choice.bits for choice in found.allocation.layers.values()}) > 1
     assert found.joint_after <= found.joint_before
     assert found.joint_after < 0.8 * lost
+
+
+@torch.no_grad()
+def test_an_allocation_becomes_a_checkpoint_of_its_bytes(tmp_path):
+    model, data = tiny_llama(hidden=64), token_rows(16)
+    weights, costs = _weights(model), _costs(model)
+    budget = sum(packed_bytes(*weight.read().shape, 3, 64) for weight in weights.values())
+    allocation = allocate(costs, budget)
+    options = QuantizationOptions(4, 64, damping=0.05)
+    result = quantize_model(
+        model, data, options, layer_options=layer_options(allocation.layers, options)
+    )
+    save_quantized(model, None, result, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+    packed = [tensor.nbytes for name, tensor in stored.items() if name.endswith(parts)]
+    assert sum(packed) == allocation.size_bytes <= budget
+    section = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    differing = [name for name, choice in allocation.layers.items() if choice.bits != 4]
+    assert 0 < len(differing) <= len(section["dynamic"])
+    loaded = load_quantized(tmp_path, weights="packed")
+    for name, choice in allocation.layers.items():
+        assert loaded.get_submodule(name).bits == choice.bits
+    ids = data.input_ids
+    assert torch.allclose(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
