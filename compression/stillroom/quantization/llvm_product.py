@@ -36,6 +36,11 @@ LONGEST_CHUNK = 128
 RUN = ("layer", "x", "y", "blocks")
 NARROWEST = 4
 """Outputs are a multiple of it: rows of packed zero points are whole words."""
+ROWS_AHEAD = 8
+"""Rows of words that are fetched early: the processor does not foresee the next chunk's. It makes
+a layer that is in no cache 1.6-2 times as fast, and costs one that is in a cache nothing."""
+LINE = 16
+"""Words in a cache line."""
 MULTIPLIERS = 8
 """Sums that must be independent to keep two multipliers with a latency of 4 cycles busy."""
 
@@ -213,6 +218,9 @@ class Product:
         for _ in range(shape.unit * shape.bits // WORD):
             for v in vectors:
                 words[v].append(w.load(self.qweight, w.add(here, I64(v * lanes)), I32, lanes))
+            ahead = w.add(here, w.build.mul(self.outputs, I64(ROWS_AHEAD)))
+            for line in range(0, len(vectors) * lanes, LINE):
+                w.prefetch(self.qweight, w.add(ahead, I64(line)), I32)
             here = w.add(here, self.outputs)
         staged = w.at(self.staged, w.build.mul(offset, I64(shape.tokens)), F32)
         for j in range(shape.unit):

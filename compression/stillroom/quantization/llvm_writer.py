@@ -46,6 +46,15 @@ class Writer:
         """Store an element, or a vector of them, from `index` on."""
         self.build.store(value, self.at(base, index, element), align=_BYTES[element])
 
+    def prefetch(self, base: ir.Value, index: ir.Value, element: ir.Type) -> None:
+        """Have the cache line of an element fetched; beyond an array's end nothing happens."""
+        module = self.function.module
+        name = "llvm.prefetch.p0"
+        kind = ir.FunctionType(VOID, [POINTER, I32, I32, I32])
+        callee = module.globals.get(name) or ir.Function(module, kind, name)
+        read, keep, data = I32(0), I32(3), I32(1)
+        self.build.call(callee, [self.at(base, index, element), read, keep, data])
+
     def counter(self, start: ir.Value) -> ir.Value:
         """Return the address of a loop's variable, set to `start`."""
         variable = self.variable(I64)
