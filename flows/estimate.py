@@ -1,7 +1,7 @@
 """How long a stage will take and how much memory it will need, from the model's shape alone."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,12 @@ START_SECONDS = 6.0
 PROCESS_BYTES = 0.6e9
 TEXT_TOKENS = 1_000_000
 PASSES = {"forward": 2, "train": 6, "train_adapter": 5}
+# Quantization: through the originals, through the quantized blocks, and parts of that again.
+QUANTIZING_PASSES = 3.2
+# Products of a layer's weight with a square matrix of its inputs: solving, choosing, refining.
+SOLVER_PRODUCTS = 17
+QUANTIZED_ROWS = 4
+LOGITS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Shape:
     embedding_parameters: float
     vocabulary: int
     hidden: int
+    inner: int  # width of the feed-forward layers
 
     @property
     def parameters(self) -> float:
@@ -38,8 +45,7 @@ class Shape:
 
     def with_layers(self, layers: int) -> "Shape":
         """Return the shape of a student with so many of the blocks."""
-        rest = (self.block_parameters, self.embedding_parameters, self.vocabulary, self.hidden)
-        return Shape(layers, *rest)
+        return replace(self, layers=layers)
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ def model_shape(source: str | Path) -> Shape:
         embedding_parameters=copies * vocabulary * hidden,
         vocabulary=vocabulary,
         hidden=hidden,
+        inner=inner,
     )
 
 
@@ -106,11 +113,7 @@ def estimate(order: Order, recipe: Recipe, teacher: Shape | None) -> Estimate:
                 3 * rows * model.vocabulary,
             )
         case "quantize_model":
-            tokens = data.calibration_rows * data.sequence_length
-            passes = 3 * PASSES["forward"] * tokens * student.block_parameters * student.layers
-            need = _need(
-                passes + _solving(student), 2 * student.parameters, 2 * tokens * student.hidden
-            )
+            need = _quantizing(order, student, data)
         case "train_adapter":
             tokens = train * float(order.section["training"]["epochs"])
             need = _need(
@@ -129,9 +132,25 @@ def _need(flops: float, parameters: float, activations: float) -> Estimate:
     return Estimate(seconds, PROCESS_BYTES + 4 * (parameters + activations))
 
 
-def _solving(model: Shape) -> float:
-    """Return the operations of GPTQ itself: about in_features for each weight, doubled."""
-    return 2 * model.layers * model.block_parameters * model.hidden * 2
+def _quantizing(order: Order, model: Shape, data: Data) -> Estimate:
+    """Return what quantization needs: embeddings, one block, its solver and a batch of rows.
+
+    `tests/flows/test_quantize_memory.py` holds a run to it.
+    """
+    tokens = data.calibration_rows * data.sequence_length
+    passes = QUANTIZING_PASSES * PASSES["forward"] * tokens * model.block_parameters
+    # Inputs of the four kinds of layers: three of them `hidden` wide, one `inner`.
+    squares = 3 * model.hidden**2 + model.inner**2
+    solving = SOLVER_PRODUCTS * 2 * model.block_parameters * (3 * model.hidden + model.inner) / 4
+    flops = model.layers * (passes + 3 * tokens * squares + solving)
+    section = order.section
+    if section["engine"] == "gptqmodel" or section["mixed"]:
+        return _need(flops, 2 * model.parameters, 2 * tokens * model.hidden)
+    batch = QUANTIZED_ROWS * data.sequence_length
+    stacked = 2 * model.hidden * model.inner  # the largest layers that share an input
+    parameters = model.embedding_parameters + 2 * model.block_parameters + 8 * stacked
+    activations = 20 * max(model.hidden, model.inner) ** 2 + 8 * batch * model.inner
+    return _need(flops, parameters, activations + 3 * min(batch * model.vocabulary, LOGITS_AT_ONCE))
 
 
 def _student_layers(recipe: Recipe, teacher: Shape) -> int:

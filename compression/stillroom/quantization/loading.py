@@ -66,9 +66,12 @@ def _place(
         weights == "dense"
         or weight.expert is not None
         or isinstance(weight.module, nn.Embedding)
-        or weight.module is model.get_output_embeddings()
+        or weight.module is model.get_output_embeddings()  # type: ignore[no-untyped-call]
     ):
         weight.write(layer.dequantize())
+        bias = state.get(f"{name}.bias")
+        if bias is not None and getattr(weight.module, "bias", None) is None and not bias.any():
+            del state[f"{name}.bias"]  # auto-gptq gives every layer a bias, of zeros
         return f"{owner}.{weight.parameter}"
     bias = state.pop(f"{name}.bias", None)
     layer.bias = None if bias is None else bias.to(dtype)
