@@ -1,14 +1,20 @@
 """Choose each layer's bits under a budget of bytes, by what the model's outputs lose."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from stillroom.blocks import LinearWeight, find_stacks, find_weights
 from stillroom.progress import Progress, silent
-from stillroom.quantization.allocation import Allocation, LayerChoice, Repair, allocate, repair
+from stillroom.quantization.allocation import (
+    Allocation,
+    LayerChoice,
+    Repair,
+    allocate,
+    layer_options,
+    repair,
+)
 from stillroom.quantization.divergence import Rows, kl_measure
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sensitivity import measure_costs, replaced, rounding, tied_layers
@@ -58,8 +64,4 @@ def choose_bits(
             return measure(allocation.layers)
 
         found = repair(choices, allocate(choices, max_bytes), max_bytes, joint)
-    layers = {
-        name: replace(options, bits=choice.bits, group_size=choice.group_size)  # type: ignore[arg-type]
-        for name, choice in found.allocation.layers.items()
-    }
-    return layers, found
+    return layer_options(found.allocation.layers, options), found

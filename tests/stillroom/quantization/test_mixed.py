@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from stillroom.errors import RecipeError
+from stillroom.models import load_model
+from stillroom.quantization.allocation import LayerChoice
+from stillroom.quantization.export import save_quantized
+from stillroom.quantization.mixed import choose_bits
+from stillroom.quantization.options import QuantizationOptions
+from stillroom.quantization.packing import pack
+from stillroom.quantization.sequential import quantize_model
+from tests.stillroom.quantization.test_sequential import logits, rows
+from tests.stillroom.tiny import tiny_llama
+
+OFFERS = [LayerChoice(bits, 32) for bits in (2, 4, 8)]
+OPTIONS = QuantizationOptions(4, 32)
+
+
+def _bytes(result):
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for layer in result.layers.values()
+        for tensor in pack(layer.weight).tensors().values()
+    )
+
+
+@pytest.fixture(scope="module")
+def sizes():
+    return {
+        bits: _bytes(quantize_model(tiny_llama(hidden=64), rows(), QuantizationOptions(bits, 32)))
+        for bits in (2, 4, 8)
+    }
+
+
+def test_the_folder_keeps_the_budget_and_loses_less_than_the_fewest_bits(sizes, tmp_path):
+    model, before = tiny_llama(hidden=64), tiny_llama(hidden=64).state_dict()
+    budget = (sizes[2] + sizes[4]) // 2
+    layers, found = choose_bits(model, rows(), OPTIONS, OFFERS, budget)
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+    assert len({options.bits for options in layers.values()}) > 1
+    for block in (0, 1):
+        name = f"model.layers.{block}.self_attn"
+        assert len({layers[f"{name}.{part}_proj"].bits for part in "qkv"}) == 1
+    reference = logits(tiny_llama(hidden=64), rows())
+    mixed = quantize_model(model, rows(), OPTIONS, layer_options=layers)
+    assert _bytes(mixed) == found.allocation.size_bytes <= budget
+    save_quantized(model, None, mixed, tmp_path)
+    loaded = load_model(tmp_path, weights="dense")
+    assert torch.equal(logits(loaded, rows()), logits(model, rows()))
+    fewest = tiny_llama(hidden=64)
+    quantize_model(fewest, rows(), QuantizationOptions(2, 32))
+    lost, more = (
+        float((logits(each, rows()) - reference).square().sum()) for each in (loaded, fewest)
+    )
+    assert lost < more
+
+
+def test_a_budget_below_the_smallest_names_the_smallest(sizes):
+    with pytest.raises(RecipeError, match=str(sizes[2])):
+        choose_bits(tiny_llama(hidden=64), rows(), OPTIONS, OFFERS, sizes[2] - 1)
+
+
+def test_a_budget_above_the_largest_gives_the_largest(sizes):
+    layers, _ = choose_bits(tiny_llama(hidden=64), rows(), OPTIONS, OFFERS, 10 * sizes[8])
+    assert {options.bits for options in layers.values()} == {8}
