@@ -29,7 +29,7 @@ def load_quantized(
         SourceError: the folder holds no GPTQ checkpoint.
         CorruptedError: tensors of the model are missing.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
     from transformers.initialization import no_init_weights
 
     quantized = open_quantized(folder)
@@ -45,6 +45,8 @@ def load_quantized(
         layer = QuantizedLinear(packed, None, bits, quantized.checkpoint_format)
         placed.add(_place(model, name, layer, state, dtype, weights))
     _load_rest(model, state, placed, folder)
+    if (folder / "generation_config.json").exists() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
     model.train(False)
     return model
 

@@ -145,6 +145,14 @@ def test_a_truncated_file_is_reported(tmp_path):
         load_quantized(tmp_path)
 
 
+def test_how_a_model_generates_is_kept(tmp_path):
+    model = tiny_llama()
+    model.generation_config.eos_token_id = [2, 7]
+    result = quantize_model(model, rows(), QuantizationOptions(4, 16))
+    save_quantized(model, None, result, tmp_path)
+    assert load_quantized(tmp_path).generation_config.eos_token_id == [2, 7]
+
+
 @pytest.mark.parametrize("weights", ["packed", "dense"])
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_embeddings_and_head_in_eight_bits(tmp_path, kind, weights):
