@@ -29,8 +29,9 @@ from stillroom.quantization.packing import (
 
 BLOCK = 8
 """Tokens that are worked on at once; more come in blocks."""
-WORTH_A_TEAM = 2**22
-"""Multiplications from which waking the other threads takes less time than it saves."""
+WORTH_A_TEAM = 2**23
+"""Multiplications from which other threads are woken: about 0.1 ms of one thread. Where they share
+their cores with other work, waiting for them takes far longer than that."""
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 Launch = Callable[[int, int, int, int, int], None]

@@ -24,7 +24,7 @@ from stillroom.quantization.weight import QuantizedWeight
 FLOAT32 = 2e-6
 """Largest difference that a sum in float32 may have, over the largest output."""
 SMALL = (576, 192)  # (in, out)
-LARGE = (1024, 520)  # worth two threads at 8 tokens
+LARGE = (2048, 520)  # worth two threads at 8 tokens
 
 
 def _layer(inputs, outputs, bits=4, group=64, symmetric=False, bias=True, seed=0):
