@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gptqmodel install-llama-cpp demo demo-controls encoder test lint up down clean
+.PHONY: help install install-gptqmodel install-auto-gptq install-llama-cpp demo demo-controls encoder test lint up down clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-24s %s\n", $$1, $$2}'
@@ -32,6 +32,14 @@ install-gptqmodel: $(STAMP) ## Add gptqmodel, which lets transformers load GPTQ 
 install-llama-cpp: $(STAMP) ## Add llama.cpp, which runs GGUF exports on a CPU
 	$(PIP) diskcache
 	$(PIP) --no-deps llama-cpp-python==0.3.36
+
+# Its last release needs the libraries of its time: an environment of its own, for the tests only.
+AUTO_GPTQ := .bench/peers/auto-gptq
+install-auto-gptq: $(STAMP) ## Set up auto-gptq 0.7.1 beside transformers 4.40, which the tests read
+	$(PYTHON) -m venv $(AUTO_GPTQ)
+	$(AUTO_GPTQ)/bin/pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' constraints.txt) 'numpy<2'
+	$(AUTO_GPTQ)/bin/pip install --quiet --disable-pip-version-check transformers==4.40.2 accelerate==0.29.3 peft==0.10.0 datasets==2.19.0 pyarrow==15.0.2 'numpy<2' sentencepiece rouge gekko safetensors
+	$(AUTO_GPTQ)/bin/pip install --quiet --disable-pip-version-check --no-deps auto-gptq==0.7.1
 
 demo: $(STAMP) ## Run the main job: teacher to registered small model, in ten minutes
 	$(BIN)/python -m flows compress deployments/recipes/demo.yaml

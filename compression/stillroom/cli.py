@@ -9,7 +9,7 @@ from typing import Any
 
 from stillroom.errors import SourceError, StillroomError
 
-FORMATS = ("gptq", "gptq_v2", "compressed-tensors", "gguf")
+FORMATS = ("gptq", "gptq_v2", "auto-gptq", "compressed-tensors", "gguf")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,9 +93,9 @@ def _add_export(commands: Any) -> None:
     export = commands.add_parser(
         "export",
         help="write a quantized model in another format, and compare its logits",
-        description="Write a GPTQ checkpoint in another format: GPTQ's version 1 or 2, "
-        "compressed-tensors (vLLM, transformers) or GGUF (llama.cpp). The result is loaded afresh "
-        "and its logits compared; on any failure nothing is left behind.",
+        description="Write a GPTQ checkpoint in another format: version 1 or 2 of its own, a "
+        "folder for auto-gptq, compressed-tensors (vLLM, transformers) or GGUF (llama.cpp). The "
+        "result is loaded afresh and its logits compared; of a failed export nothing is left.",
     )
     export.add_argument("folder", type=Path, help="a GPTQ checkpoint, such as pull leaves")
     export.add_argument(

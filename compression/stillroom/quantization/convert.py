@@ -13,7 +13,7 @@ from stillroom.evaluation.quality import predict
 from stillroom.evaluation.reload import measure_reload
 from stillroom.models import Task, load_model, load_pretrained, read_config
 
-ExportFormat = Literal["gptq", "gptq_v2", "compressed-tensors", "gguf"]
+ExportFormat = Literal["gptq", "gptq_v2", "auto-gptq", "compressed-tensors", "gguf"]
 # What these formats hold is what was there, so their logits differ by the order of sums at most.
 LARGEST_DIFFERENCE = 1e-3  # of the largest logit
 
@@ -32,6 +32,10 @@ def export_folder(folder: Path, target: Path, export_format: ExportFormat) -> Pa
             from stillroom.quantization.gptq_versions import convert_gptq
 
             convert_gptq(folder, target, export_format)
+        case "auto-gptq":
+            from stillroom.quantization.auto_gptq import export_auto_gptq
+
+            export_auto_gptq(folder, target)
         case "compressed-tensors":
             from stillroom.quantization.compressed_tensors import export_compressed_tensors
 

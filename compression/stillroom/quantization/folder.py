@@ -38,7 +38,8 @@ class TensorFiles(Mapping[str, Tensor]):
             listed = json.loads(index.read_text())["weight_map"]
             return {name: self.folder / file for name, file in listed.items()}
         places: dict[str, Path] = {}
-        for path in sorted(self.folder.glob("model*.safetensors")):
+        # auto-gptq names its files after the settings: gptq_model-4bit-128g.safetensors.
+        for path in sorted(self.folder.glob("*model*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as file:
                     places |= dict.fromkeys(file.keys(), path)

@@ -98,6 +98,7 @@ def library_on_the_path(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, known)))
 
 
+@pytest.mark.slow
 @needs_gptqmodel
 @pytest.mark.parametrize(
     "options",
@@ -134,6 +135,7 @@ def test_the_engine_leaves_our_folder_and_our_accounts(tmp_path, options):
     assert measure_export(tmp_path / "quantized", tmp_path / "two").max_difference == 0
 
 
+@pytest.mark.slow
 @needs_gptqmodel
 def test_layers_that_are_skipped_keep_their_weights(tmp_path):
     original = _model(tmp_path / "model")
@@ -148,6 +150,7 @@ def test_layers_that_are_skipped_keep_their_weights(tmp_path):
     assert torch.equal(state[name], original.state_dict()[name])
 
 
+@pytest.mark.slow
 @needs_gptqmodel
 @pytest.mark.parametrize(
     "settings",

@@ -1,0 +1,87 @@
+"""Write a GPTQ checkpoint as auto-gptq 0.7.1, the last release, and transformers 4.40 read it.
+
+The packed tensors are those of version 1. What differs is around them: auto-gptq looks for its
+settings in a file of their own, leaves a head that is tied to the embeddings uninitialised unless
+it is stored, and transformers of that time reads other names in config.json.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stillroom.errors import MismatchError
+from stillroom.quantization.compressed_tensors import find_places
+from stillroom.quantization.folder import open_quantized
+from stillroom.quantization.gptq_versions import convert_zeros
+from stillroom.quantization.shards import SHARD_BYTES, ShardWriter, new_folder, write_config
+
+SETTINGS = "quantize_config.json"
+
+
+def export_auto_gptq(folder: Path, target: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the GPTQ checkpoint in `folder` to `target`, in version 1, for auto-gptq.
+
+    Raises:
+        SourceError: `folder` holds no GPTQ checkpoint, or `target` is not empty.
+        MismatchError: layers differ in bits, or a zero point is 0.
+    """
+    source = open_quantized(folder)
+    section = source.config["quantization_config"] | {"checkpoint_format": "gptq"}
+    places = find_places(source)
+    with new_folder(folder, target) as written:
+        writer = ShardWriter(written, shard_bytes)
+        for name in source.layers:
+            packed, bits = source.packed(name)
+            if bits != section["bits"]:
+                raise MismatchError(
+                    f"auto-gptq holds layers of the same bits: {name} has {bits}, the checkpoint "
+                    f"says {section['bits']}; use the format compressed-tensors"
+                )
+            packed = convert_zeros(packed, bits, source.checkpoint_format, "gptq", name)
+            for part, tensor in packed.tensors().items():
+                writer.add(f"{name}.{part}", tensor)
+        for name in source.plain:
+            writer.add(name, source.files[name])
+        for head in places.head:
+            tied = f"{head}.weight" not in source.files and head not in source.layers
+            if tied:
+                writer.add(f"{head}.weight", source.files[f"{places.embeddings[0]}.weight"].clone())
+        writer.finish()
+        (written / SETTINGS).write_text(json.dumps(settings(section), indent=2) + "\n")
+        config = config_of_its_time(source.config)
+        write_config(config | {"quantization_config": section}, written)
+
+
+def settings(section: dict[str, Any]) -> dict[str, Any]:
+    """Return auto-gptq's quantize_config.json for our section of config.json."""
+    damping = section.get("damp_percent", 0.01)
+    return {
+        "bits": section["bits"],
+        "group_size": section["group_size"],
+        "damp_percent": damping,
+        "desc_act": section["desc_act"],
+        "static_groups": section.get("static_groups", False),
+        "sym": section["sym"],
+        "true_sequential": section.get("true_sequential", True),
+        "is_marlin_format": False,
+    }
+
+
+def config_of_its_time(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json that transformers 4.40 reads too: its names beside today's.
+
+    Raises:
+        MismatchError: its positions are scaled in a way that one number does not say.
+    """
+    old = dict(config)
+    if "dtype" in config:
+        old["torch_dtype"] = config["dtype"]
+    positions = config.get("rope_parameters") or {}
+    if positions.get("rope_type", "default") != "default":
+        raise MismatchError(
+            f"transformers 4.40 knows plain rotary positions by their rope_theta, got "
+            f"{positions['rope_type']}; use another format"
+        )
+    if "rope_theta" in positions:
+        old["rope_theta"] = positions["rope_theta"]
+    return old
