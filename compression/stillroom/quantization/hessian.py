@@ -8,6 +8,7 @@ from torch import Tensor
 from stillroom.errors import NotFiniteError, NotPositiveDefiniteError
 
 RETRIES = 6
+SMALLEST_RETRY = 1e-6  # of the damping
 # Columns of one product of the symmetric update: small enough to save nearly half the work, large
 # enough that each product runs at full speed.
 PANEL = 256
@@ -143,7 +144,7 @@ def inverse_cholesky(H: Tensor, damping: float) -> InverseFactor:
     """
     if not bool(torch.isfinite(H).all()):
         raise NotFiniteError("the Hessian holds a NaN or an infinity")
-    used = damping
+    last = used = damping
     for _ in range(RETRIES):
         damped = damp(H.double(), used)
         # Flipping both axes turns the lower factor of the flipped matrix into the upper one of H.
@@ -154,8 +155,8 @@ def inverse_cholesky(H: Tensor, damping: float) -> InverseFactor:
             upper = torch.linalg.solve_triangular(R, identity, upper=True)
             if bool(torch.isfinite(upper).all()):
                 return InverseFactor(upper.float(), used)
-        used *= 10
+        last, used = used, max(10 * used, SMALLEST_RETRY)
     raise NotPositiveDefiniteError(
-        f"the Hessian is not positive definite with damping {used / 10:g}; "
+        f"the Hessian is not positive definite with damping {last:g}; "
         f"use more calibration text or a damping above {damping:g}"
     )

@@ -39,7 +39,7 @@ def obq(
     """
     W = W.float()
     out, columns = W.shape
-    _refuse_large(out, columns)
+    refuse_large(out, columns)
     factor = inverse_cholesky(H, DEFAULT_DAMPING if options.damping is None else options.damping)
     U = factor.upper.double().to(W.device)
     inverse = U.T @ U
@@ -61,7 +61,12 @@ def obq(
     return Solution(weight, relative_output_error(W, weight, H.float()), factor.damping, clipped)
 
 
-def _refuse_large(out: int, columns: int) -> None:
+def refuse_large(out: int, columns: int) -> None:
+    """Refuse a layer for which OBQ would take too long.
+
+    Raises:
+        RecipeError: out x in_features³ is above the limit.
+    """
     if out * columns**3 > LARGEST_WORK:
         raise RecipeError(
             f"OBQ takes layers of out_features x in_features³ up to {LARGEST_WORK:.1e}: "

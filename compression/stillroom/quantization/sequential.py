@@ -4,8 +4,7 @@ import logging
 import shutil
 import weakref
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, Protocol
@@ -13,27 +12,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stillroom.blocks import LinearWeight, find_stacks, find_weights
+from stillroom.blocks import LinearWeight, find_stacks
 from stillroom.checkpoint import Checkpoints, FolderCheckpoints, NoCheckpoints
-from stillroom.errors import DataError, NotFiniteError, NotPositiveDefiniteError, RecipeError
+from stillroom.errors import DataError, NotFiniteError
 from stillroom.progress import Progress, silent
 from stillroom.quantization.capture import BlockCaller, Place, Rows
+from stillroom.quantization.choices import Choices
 from stillroom.quantization.embeddings import round_embeddings
-from stillroom.quantization.inputs import (
-    Round,
-    Sums,
-    collect,
-    dead_inputs,
-    plan_rounds,
-    watch_inputs,
-)
-from stillroom.quantization.layer import quantize_together
-from stillroom.quantization.obq import obq
-from stillroom.quantization.options import QuantizationOptions, check_fits
+from stillroom.quantization.inputs import Round, collect, plan_rounds, watch_inputs
+from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.pieces import Pieces, QuantizedLayer, work_fingerprint
-from stillroom.quantization.rounding import round_to_nearest
+from stillroom.quantization.solving import solve_group, write_layer
 from stillroom.quantization.streaming import Activations, Blocks, InMemory, Stream
-from stillroom.quantization.weight import LayerAccount, QuantizedWeight, Solution
+from stillroom.quantization.weight import LayerAccount, QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +96,7 @@ def quantize_model(
     """
     if checkpoints is None or isinstance(checkpoints, NoCheckpoints):
         checkpoints = _passing_checkpoints()
-    choices = _Choices(options, layer_options or {}, skip)
+    choices = Choices(options, layer_options or {}, skip)
     stacks = find_stacks(model)
     skipped = choices.check(stacks)
     pieces = Pieces(
@@ -132,56 +123,6 @@ def _passing_checkpoints() -> Checkpoints:
     return checkpoints
 
 
-@dataclass(frozen=True)
-class _Choices:
-    """Which layers are quantized, and how."""
-
-    options: QuantizationOptions
-    layer_options: Mapping[str, QuantizationOptions]
-    skip: tuple[str, ...]
-
-    def of(self, name: str) -> QuantizationOptions:
-        return self.layer_options.get(name, self.options)
-
-    def weights(self, prefix: str, block: torch.nn.Module) -> dict[str, LinearWeight]:
-        """Return the weights of a block that are to be quantized, by full name."""
-        named = {f"{prefix}.{name}": each for name, each in find_weights(block).items()}
-        return {name: each for name, each in named.items() if not self._skips(name)}
-
-    def check(self, stacks: Mapping[str, torch.nn.ModuleList]) -> tuple[str, ...]:
-        """Return the names of the layers that are left out.
-
-        Raises:
-            RecipeError: a layer does not fit, or a pattern fits none.
-        """
-        names: list[str] = []
-        for stack, blocks in stacks.items():
-            for index, block in enumerate(blocks):
-                prefix = f"{stack}.{index}"
-                names += [f"{prefix}.{name}" for name in find_weights(block)]
-                for name, weight in self.weights(prefix, block).items():
-                    check_fits(self.of(name), *weight.shape, name)
-        skipped = tuple(name for name in names if self._skips(name))
-        idle = [each for each in self.skip if not any(fnmatch(name, each) for name in names)]
-        if idle or len(skipped) == len(names):
-            raise RecipeError(
-                f"skip must fit some of the layers, not all and not none: "
-                f"{', '.join(idle or self.skip)}; the first layer is {names[0]}"
-            )
-        unknown = sorted(self.layer_options.keys() - set(names))
-        if unknown:
-            raise RecipeError(f"there is no layer {unknown[0]}; the first layer is {names[0]}")
-        return skipped
-
-    def settings(self) -> object:
-        """Return all of it as JSON."""
-        single = {name: asdict(options) for name, options in sorted(self.layer_options.items())}
-        return [asdict(self.options), single, list(self.skip)]
-
-    def _skips(self, name: str) -> bool:
-        return any(fnmatch(name, pattern) for pattern in self.skip)
-
-
 class _Run:
     """The calibration rows on their way through the quantized blocks and through the originals."""
 
@@ -190,7 +131,7 @@ class _Run:
         caller: BlockCaller,
         batches: list[Rows],
         held_out: set[int],
-        choices: _Choices,
+        choices: Choices,
         pieces: Pieces,
         blocks: Blocks,
         scratch: Path,
@@ -230,7 +171,7 @@ class _Run:
             if self.original:
                 self.original.advance(place)
             for name, layer in self.pieces.load(prefix).items():
-                _write(weights[name], layer)
+                write_layer(weights[name], layer)
         else:
             rounds = self._rounds(place, weights)
             if self.original:
@@ -244,14 +185,14 @@ class _Run:
                 )
                 fresh: dict[str, QuantizedLayer] = {}
                 for group in each.groups:
-                    fresh |= self._solve(group, weights, sums.get(group[0]))
+                    fresh |= solve_group(group, weights, sums.get(group[0]), self.choices)
                 # Only now: layers of the same round see one another's full-precision outputs.
                 for name, layer in fresh.items():
-                    _write(weights[name], layer)
+                    write_layer(weights[name], layer)
                 solved |= fresh
             for name in weights.keys() - solved.keys():
-                solved |= self._solve((name,), weights, None)
-                _write(weights[name], solved[name])
+                solved |= solve_group((name,), weights, None, self.choices)
+                write_layer(weights[name], solved[name])
             self.pieces.save(prefix, {name: solved[name] for name in weights})
         inputs.delete()
         for largest in self.now.advance(place):
@@ -277,92 +218,6 @@ class _Run:
             return rounds
         groups = tuple(group for each in rounds for group in each.groups)
         return (Round(groups, all(each.once for each in rounds)),) if rounds else ()
-
-    def _solve(
-        self, group: tuple[str, ...], weights: dict[str, LinearWeight], sums: Sums | None
-    ) -> dict[str, QuantizedLayer]:
-        """Quantize layers with the same input; those with the same options as one."""
-        together: dict[Any, list[str]] = {}
-        for name in group:
-            key = (self.choices.of(name), weights[name].bias is None)
-            together.setdefault(key, []).append(name)
-        solved: dict[str, QuantizedLayer] = {}
-        for (options, _), names in together.items():
-            solved |= _solve_together(names, weights, sums, options)
-        return {name: solved[name] for name in group}
-
-
-def _solve_together(
-    names: list[str],
-    weights: dict[str, LinearWeight],
-    sums: Sums | None,
-    options: QuantizationOptions,
-) -> dict[str, QuantizedLayer]:
-    """Quantize layers, rounding them where the calibration rows say nothing of their inputs."""
-    for name in names:
-        if not bool(torch.isfinite(weights[name].read()).all()):
-            raise NotFiniteError(f"{name}: the weight holds a NaN or an infinity; check the model")
-    if sums is not None and not bool(torch.isfinite(sums.train.hessian).all()):
-        raise NotFiniteError(
-            f"{names[0]}: its inputs on the calibration rows hold a NaN or an infinity; "
-            f"compute the model in float32 or bfloat16"
-        )
-    parts = [weights[name].read().float() for name in names]
-    method = options.method
-    solutions: list[Solution] = []
-    if method != "rtn" and sums is not None and bool((sums.train.hessian.diagonal() > 0).any()):
-        try:
-            if method == "obq":
-                solutions = [obq(W, sums.train.hessian, options) for W in parts]
-            else:
-                biases = [weights[name].bias for name in names]
-                bias = (
-                    None
-                    if biases[0] is None
-                    else torch.cat([b.float() for b in biases if b is not None])
-                )
-                W = torch.cat(parts)
-                sizes = [len(part) for part in parts]
-                solutions = quantize_together(W, sizes, bias, sums.train, sums.held_out, options)
-        except NotPositiveDefiniteError as error:
-            logger.warning("%s is rounded to nearest: %s", ", ".join(names), error)
-    if not solutions:
-        method = "rtn"
-        H = None if sums is None else sums.train.hessian
-        solutions = [round_to_nearest(W, options, H) for W in parts]
-    dead = 0 if sums is None else dead_inputs(sums.train)
-    return {
-        name: _layer(name, solution, method, options, dead)
-        for name, solution in zip(names, solutions, strict=True)
-    }
-
-
-def _layer(
-    name: str, solution: Solution, method: Any, options: QuantizationOptions, dead: int
-) -> QuantizedLayer:
-    account = LayerAccount(
-        name=name,
-        method=method,
-        fell_back=method != options.method,
-        relative_error=solution.relative_error,
-        damping=solution.damping,
-        clipped=solution.clipped,
-        weights=solution.weight.integers.numel(),
-        dead_inputs=dead,
-        bits=options.bits,
-        group_size=solution.weight.group_size,
-        held_out_error=solution.held_out_error,
-        babai_bound=solution.babai_bound,
-        alpha=solution.alpha,
-        refined=solution.refined,
-    )
-    return QuantizedLayer(solution.weight, account, solution.bias)
-
-
-def _write(weight: LinearWeight, layer: QuantizedLayer) -> None:
-    weight.write(layer.weight.dequantize())
-    if layer.bias is not None and weight.bias is not None:
-        weight.bias.copy_(layer.bias)
 
 
 def _batches(

@@ -1,0 +1,65 @@
+"""Which layers of a model are quantized, and how."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+
+from torch import nn
+
+from stillroom.blocks import LinearWeight, find_weights
+from stillroom.errors import RecipeError
+from stillroom.quantization.obq import refuse_large
+from stillroom.quantization.options import QuantizationOptions, check_fits
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Which layers are quantized, and how."""
+
+    options: QuantizationOptions
+    layer_options: Mapping[str, QuantizationOptions]
+    skip: tuple[str, ...]
+
+    def of(self, name: str) -> QuantizationOptions:
+        """Return the options of a layer."""
+        return self.layer_options.get(name, self.options)
+
+    def weights(self, prefix: str, block: nn.Module) -> dict[str, LinearWeight]:
+        """Return the weights of a block that are to be quantized, by full name."""
+        named = {f"{prefix}.{name}": each for name, each in find_weights(block).items()}
+        return {name: each for name, each in named.items() if not self._skips(name)}
+
+    def check(self, stacks: Mapping[str, nn.ModuleList]) -> tuple[str, ...]:
+        """Return the names of the layers that are left out.
+
+        Raises:
+            RecipeError: a layer does not fit, or a pattern fits none.
+        """
+        names: list[str] = []
+        for stack, blocks in stacks.items():
+            for index, block in enumerate(blocks):
+                prefix = f"{stack}.{index}"
+                names += [f"{prefix}.{name}" for name in find_weights(block)]
+                for name, weight in self.weights(prefix, block).items():
+                    check_fits(self.of(name), *weight.shape, name)
+                    if self.of(name).method == "obq":
+                        refuse_large(*weight.shape)
+        skipped = tuple(name for name in names if self._skips(name))
+        idle = [each for each in self.skip if not any(fnmatch(name, each) for name in names)]
+        if idle or len(skipped) == len(names):
+            raise RecipeError(
+                f"skip must fit some of the layers, not all and not none: "
+                f"{', '.join(idle or self.skip)}; the first layer is {names[0]}"
+            )
+        unknown = sorted(self.layer_options.keys() - set(names))
+        if unknown:
+            raise RecipeError(f"there is no layer {unknown[0]}; the first layer is {names[0]}")
+        return skipped
+
+    def settings(self) -> object:
+        """Return all of it as JSON."""
+        single = {name: asdict(options) for name, options in sorted(self.layer_options.items())}
+        return [asdict(self.options), single, list(self.skip)]
+
+    def _skips(self, name: str) -> bool:
+        return any(fnmatch(name, pattern) for pattern in self.skip)
