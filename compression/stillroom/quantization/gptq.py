@@ -98,19 +98,20 @@ def solve(
 
     Args:
         W: (versions or 1, out, in) float32.
-        U: (versions, in, in) float32, upper triangular, rows and columns in `order`.
+        U: (versions or 1, in, in) float32, upper triangular, rows and columns in `order`.
         order: (in,), the columns in the order in which they are rounded.
         grids: tensors (out, groups); None finds each group's when its first column is reached,
             which takes one version and the natural order.
         options: bits, groups and the width of a block.
         diagonal: (in,), the Hessian's diagonal, for grids that are found on the way.
     """
-    versions, columns, out = U.shape[0], W.shape[2], W.shape[1]
+    versions, out, columns = max(len(W), len(U)), W.shape[1], W.shape[2]
     group = options.group_columns(columns)
     importance = diagonal.float() if options.weighted_grid else None
     place = order.tolist()
     # Transposed: a column of W lies in one piece of memory, as it is read and corrected.
     T = W.transpose(1, 2)[:, order].expand(versions, columns, out).contiguous()  # (v, in, out)
+    U = U.expand(versions, columns, columns)
     Q = torch.empty(versions, columns, out, dtype=torch.uint8, device=W.device)
     clipped = torch.zeros(versions, out, dtype=torch.int64, device=W.device)
     scales, zeros = _rows_of(grids)

@@ -100,7 +100,7 @@ def quantize_together(
     problem = Problem(W, whole, order)
     factor = problem.factor(choice.damping)
     target = problem.target(factor, choice.alpha)
-    rounded = _round(target, factor.upper[None], problem, options)
+    rounded = _round(target[None], factor.upper[None], problem, options)
     weight = rounded.weight(0)
     if choice.refined:
         H = damp(whole.hessian, factor.damping)
@@ -131,9 +131,10 @@ def _choose(
     factor, weight, loss = _best_damping(problem, dampings, held_out, options)
     alpha = 0.0
     if options.cross_layer and train.shift is not None:
-        for other in ALPHAS:
-            target = problem.target(factor, other)
-            tried = _round(target, factor.upper[None], problem, options).weight(0)
+        targets = torch.stack([problem.target(factor, other) for other in ALPHAS])
+        rounded = _round(targets, factor.upper[None], problem, options)
+        for version, other in enumerate(ALPHAS):
+            tried = rounded.weight(version)
             lost = _loss(problem.W, tried, held_out)
             if lost < loss:
                 alpha, weight, loss = other, tried, lost
@@ -162,7 +163,7 @@ def _best_damping(
     for start in range(0, len(dampings), at_once):
         factors = [problem.factor(damping) for damping in dampings[start : start + at_once]]
         upper = torch.stack([factor.upper for factor in factors])
-        rounded = _round(problem.W, upper, problem, options)
+        rounded = _round(problem.W[None], upper, problem, options)
         for version, factor in enumerate(factors):
             weight = rounded.weight(version)
             loss = _loss(problem.W, weight, held_out)
@@ -173,10 +174,13 @@ def _best_damping(
 
 
 def _round(W: Tensor, upper: Tensor, problem: Problem, options: QuantizationOptions) -> Rounded:
-    """Return W rounded with each of the factors, (versions, in, in)."""
+    """Return W, (versions, out, in), rounded with the factors, (versions, in, in).
+
+    One of either serves all versions of the other. With act-order all share the first one's grids.
+    """
     H = problem.statistics.hessian
-    grids = find_grids(W, H, options) if options.act_order else None
-    return solve(W[None], upper.to(W.device), problem.order, grids, options, H.diagonal())
+    grids = find_grids(W[0], H, options) if options.act_order else None
+    return solve(W, upper.to(W.device), problem.order, grids, options, H.diagonal())
 
 
 def _loss(W: Tensor, weight: QuantizedWeight, statistics: Statistics) -> float:
