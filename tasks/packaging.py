@@ -12,7 +12,7 @@ import stillroom
 from stillroom.contents import LISTING, Contents
 from stillroom.serving import CODE, DEFAULT_CONFIG, DEFAULT_NEW_TOKENS
 
-REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "numpy", "pandas")
+REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "llvmlite", "numpy", "pandas")
 EXAMPLE_TEXT = "Once upon a time"
 
 

@@ -31,7 +31,7 @@ CACHE_TEACHER = Stage("cache_teacher", "teacher-cache", 1)
 DISTILL_STUDENT = Stage("distill_student", "model", 1)
 QUANTIZE_MODEL = Stage("quantize_model", "model", 2)
 TRAIN_ADAPTER = Stage("train_adapter", "adapter", 1)
-EVALUATE_MODEL = Stage("evaluate_model", "evaluation", 1)
+EVALUATE_MODEL = Stage("evaluate_model", "evaluation", 2)
 
 STAGES = (
     IMPORT_MODEL,

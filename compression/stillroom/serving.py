@@ -25,7 +25,7 @@ from stillroom.serving import as_pyfunc
 set_model(as_pyfunc())
 """
 DEFAULT_CONFIG: dict[str, Any] = {
-    "weights": "dense",
+    "weights": "auto",
     "dtype": "float32",
     "device": "cpu",
     "engine": "auto",
@@ -39,8 +39,9 @@ logger = logging.getLogger(__name__)
 def as_pyfunc() -> Any:
     """Return what MLflow takes for a model: it loads a `ServedModel` and passes questions on.
 
-    `model_config` of `mlflow.pyfunc.load_model` may set `weights` ("dense", or "packed" to keep a
-    quantized model's integers in memory), `dtype` and `device`, and `engine`: "auto" takes
+    `model_config` of `mlflow.pyfunc.load_model` may set `weights` (of a quantized model: "packed"
+    keeps its integers in memory, "dense" unpacks them once, "auto" takes what decodes faster on the
+    device), `dtype` and `device`, and `engine`: "auto" takes
     "llama.cpp" where the version holds a GGUF export that it can run, else "torch".
     """
     from pandas import DataFrame
@@ -99,14 +100,16 @@ class ServedModel:
         import torch
 
         from stillroom.models import load_model, load_tokenizer
+        from stillroom.quantization.kernels import fastest_weights
 
+        device, weights = self.config["device"], self.config["weights"]
         model = load_model(
             folder,
             task=self.contents.task,
             dtype=getattr(torch, self.config["dtype"]),
-            weights=self.config["weights"],
+            weights=fastest_weights(device) if weights == "auto" else weights,
         )
-        return model.to(self.config["device"]), load_tokenizer(folder)
+        return model.to(device), load_tokenizer(folder)
 
     def _load_gguf(self, folder: Path) -> tuple[Any, Any]:
         from stillroom.models import load_tokenizer

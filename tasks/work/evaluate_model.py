@@ -10,6 +10,7 @@ from stillroom.errors import MismatchError
 from stillroom.evaluation.cost import Workload, folder_size_bytes, measure_cost
 from stillroom.evaluation.quality import measure_quality
 from stillroom.models import load_tokenizer, tokenizer_hash
+from stillroom.quantization.kernels import fastest_weights
 from tasks.work.bench import Bench, Result
 
 
@@ -19,7 +20,8 @@ def work(bench: Bench) -> Result:
     folders = [inputs["model"], *([inputs["adapter"]] if "adapter" in inputs else [])]
     data = load_prepared(inputs["data"])
     _require_same_tokenizer(inputs["model"], data.evaluation)
-    model: Any = bench.load(inputs["model"])
+    # As it is served.
+    model: Any = bench.load(inputs["model"], weights=fastest_weights(section["device"]))
     if "adapter" in inputs:
         model = load_adapter(model, inputs["adapter"])
     itself = len(folders) == 1 and bench.order.inputs["model"] == bench.order.inputs["teacher"]

@@ -1,7 +1,7 @@
 """Choose what multiplies with a packed weight on the device that holds it."""
 
 import warnings
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -38,6 +38,11 @@ def choose_kernel(layer: PackedLinear) -> Kernel:
         stacklevel=2,
     )
     return TorchKernel(layer)
+
+
+def fastest_weights(device: str) -> Literal["dense", "packed"]:
+    """Return how a quantized model computes fastest on a device: unpacked once, or as it is."""
+    return "packed" if device == "cpu" and _why_not_llvm() is None else "dense"
 
 
 def _why_not_llvm() -> str | None:
