@@ -9,9 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from stillroom.errors import MismatchError
+from stillroom.models import saved_dtype
 from stillroom.quantization.compressed_tensors import find_places
-from stillroom.quantization.folder import open_quantized
+from stillroom.quantization.folder import QuantizedFolder, open_quantized
 from stillroom.quantization.gptq_versions import convert_zeros
 from stillroom.quantization.shards import SHARD_BYTES, ShardWriter, new_folder, write_config
 
@@ -20,6 +23,8 @@ SETTINGS = "quantize_config.json"
 
 def export_auto_gptq(folder: Path, target: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the GPTQ checkpoint in `folder` to `target`, in version 1, for auto-gptq.
+
+    Embeddings and the head are unpacked.
 
     Raises:
         SourceError: `folder` holds no GPTQ checkpoint, or `target` is not empty.
@@ -31,6 +36,10 @@ def export_auto_gptq(folder: Path, target: Path, *, shard_bytes: int = SHARD_BYT
     with new_folder(folder, target) as written:
         writer = ShardWriter(written, shard_bytes)
         for name in source.layers:
+            if name in places.dense:
+                dense = source.weight(name).dequantize(saved_dtype(source.config))
+                writer.add(f"{name}.weight", dense)
+                continue
             packed, bits = source.packed(name)
             if bits != section["bits"]:
                 raise MismatchError(
@@ -43,13 +52,19 @@ def export_auto_gptq(folder: Path, target: Path, *, shard_bytes: int = SHARD_BYT
         for name in source.plain:
             writer.add(name, source.files[name])
         for head in places.head:
-            tied = f"{head}.weight" not in source.files and head not in source.layers
-            if tied:
-                writer.add(f"{head}.weight", source.files[f"{places.embeddings[0]}.weight"].clone())
+            if f"{head}.weight" not in source.files and head not in source.layers:
+                writer.add(f"{head}.weight", _embeddings(source, places.embeddings[0]))
         writer.finish()
         (written / SETTINGS).write_text(json.dumps(settings(section), indent=2) + "\n")
         config = config_of_its_time(source.config)
         write_config(config | {"quantization_config": section}, written)
+
+
+def _embeddings(source: QuantizedFolder, name: str) -> Tensor:
+    """Return a copy of the token embeddings, (vocabulary, hidden), which the head is tied to."""
+    if name in source.layers:
+        return source.weight(name).dequantize(saved_dtype(source.config))
+    return source.files[f"{name}.weight"].clone()
 
 
 def settings(section: dict[str, Any]) -> dict[str, Any]:

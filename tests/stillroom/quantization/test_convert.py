@@ -78,6 +78,21 @@ def test_version_2_computes_the_same_and_comes_back_byte_for_byte(tmp_path, kind
         assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes(), path.name
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("export_format", ["gptq_v2", "auto-gptq", "compressed-tensors"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_embeddings_in_8_bits_go_along(tmp_path, export_format, tied):
+    model = tiny_llama(hidden=64)
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone() * 0.9)
+    options = QuantizationOptions(group_size=32, embedding_bits=8)
+    save_quantized(model, None, quantize_model(model, rows(), options), tmp_path / "ours")
+    assert "model.embed_tokens" in open_quantized(tmp_path / "ours").layers
+    export_folder(tmp_path / "ours", tmp_path / "new", export_format)
+    assert measure_export(tmp_path / "ours", tmp_path / "new").relative <= 1e-6
+
+
 def test_a_comparison_notices_a_wrong_zero_point(tmp_path):
     saved(tmp_path / "one")
     export_folder(tmp_path / "one", tmp_path / "two", "gptq_v2")
