@@ -45,6 +45,7 @@ def test_what_cannot_be_exported_is_one_line_and_exit_code_2(tmp_path, capsys):
     saved(tmp_path / "three", bits=3)
     capsys.readouterr()
     for folder, export_format, text in (
+        ("three", "gguf", "expected a BPE tokenizer"),
         ("dense", "gptq_v2", "expected a GPTQ checkpoint"),
         ("none", "gptq_v2", "holds no model"),
         ("three", "compressed-tensors", "holds 2, 4 and 8 bits"),
@@ -93,7 +94,12 @@ def test_an_unknown_format_is_refused(tmp_path):
 def test_a_gguf_is_a_file(tmp_path, monkeypatch):
     gguf_export = pytest.importorskip("stillroom.quantization.gguf_export")
     written = []
-    monkeypatch.setattr(gguf_export, "export_gguf", lambda _, target: written.append(target))
+
+    def write(_, target):
+        target.touch()
+        written.append(target)
+
+    monkeypatch.setattr(gguf_export, "export_gguf", write)
     convert.export_folder(tmp_path, tmp_path / "new", "gguf")
     convert.export_folder(tmp_path, tmp_path / "small.gguf", "gguf")
     assert written == [tmp_path / "new" / "model.gguf", tmp_path / "small.gguf"]

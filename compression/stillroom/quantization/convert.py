@@ -44,8 +44,13 @@ def export_folder(folder: Path, target: Path, export_format: ExportFormat) -> Pa
             from stillroom.quantization.gguf_export import export_gguf
 
             target = target if target.suffix == ".gguf" else target / "model.gguf"
+            fresh = not target.parent.exists()
             target.parent.mkdir(parents=True, exist_ok=True)
-            export_gguf(folder, target)
+            try:
+                export_gguf(folder, target)
+            finally:
+                if fresh and not any(target.parent.iterdir()):
+                    target.parent.rmdir()
     return target
 
 
