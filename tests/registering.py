@@ -11,7 +11,7 @@ import torch
 
 from stillroom.adapters.lora import LoraOptions, add_lora, load_adapter, save_adapter
 from stillroom.models import load_model, save_model
-from stillroom.quantization.export import save_quantized
+from stillroom.quantization.formats.export import save_quantized
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sequential import quantize_model
 from tasks.registry import Candidate, Registered, register_adapter, register_base

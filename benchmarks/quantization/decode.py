@@ -83,7 +83,7 @@ def _tokens_per_second() -> dict[str, list[float]]:
 
 def _gguf() -> Path:
     """Return the GGUF export of all 30 blocks at 4 bits; what they round to changes no time."""
-    from stillroom.quantization.gguf_export import export_gguf
+    from stillroom.quantization.formats.gguf_export import export_gguf
 
     folder = bench_folder() / "running" / "decode"
     file = folder / "model.gguf"

@@ -22,7 +22,7 @@ def main(job: dict[str, Any]) -> None:
     from safetensors.torch import load_file, save_file
 
     from benchmarks.quantization.work import Rows
-    from stillroom.quantization.folder import open_quantized
+    from stillroom.quantization.formats.folder import open_quantized
 
     options = _options(job)
     ids = load_file(job["tokens"])[f"calibration_{job['draw']}"]
@@ -56,7 +56,7 @@ def _options(job: dict[str, Any]) -> Any:
 def _quantize(job: dict[str, Any], rows: Any, options: Any, target: Path) -> None:
     """Make the call that a user makes; the checkpoints are there to continue behind a kill."""
     from stillroom.checkpoint import FolderCheckpoints
-    from stillroom.quantization.export import save_quantized
+    from stillroom.quantization.formats.export import save_quantized
     from stillroom.quantization.sequential import quantize_model
     from stillroom.quantization.streaming import open_streamed
 

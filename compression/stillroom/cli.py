@@ -34,7 +34,7 @@ def _pull(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from stillroom.quantization.convert import check_export, export_folder
+    from stillroom.quantization.formats.convert import check_export, export_folder
 
     written = export_folder(options.folder, options.target, options.format)
     print(f"{written} written as {options.format}", flush=True)

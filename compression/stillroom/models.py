@@ -54,7 +54,7 @@ def load_model(
     config = read_config(folder)
     dtype = dtype or saved_dtype(config)
     if "quantization_config" in config:
-        from stillroom.quantization.loading import load_quantized
+        from stillroom.quantization.formats.loading import load_quantized
 
         return load_quantized(folder, task=task, dtype=dtype, weights=weights)
     return load_pretrained(folder, task=task, dtype=dtype)

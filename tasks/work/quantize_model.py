@@ -10,7 +10,7 @@ from stillroom.data.prepare import load_prepared
 from stillroom.evaluation.figures import ReloadCheck
 from stillroom.models import load_tokenizer
 from stillroom.quantization.accounting import require_perplexity, summarise
-from stillroom.quantization.export import check_folder, save_quantized
+from stillroom.quantization.formats.export import check_folder, save_quantized
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sequential import quantize_model
 from stillroom.quantization.weight import LayerAccount
@@ -99,7 +99,7 @@ def _mixed_bits(
 
 
 def _write_gguf(bench: Bench) -> dict[str, float]:
-    from stillroom.quantization.gguf_export import export_gguf
+    from stillroom.quantization.formats.gguf_export import export_gguf
 
     report = export_gguf(bench.output, bench.output / "model.gguf")
     return {"gguf_largest_weight_error": report.largest_weight_error}

@@ -17,7 +17,7 @@ PEAK = """
 import json, resource, sys, torch
 from pathlib import Path
 from types import SimpleNamespace
-from stillroom.quantization.export import save_quantized
+from stillroom.quantization.formats.export import save_quantized
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sequential import quantize_model
 from stillroom.quantization.streaming import open_streamed

@@ -3,11 +3,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import stillroom.quantization.convert as convert
+import stillroom.quantization.formats.convert as convert
 from stillroom.cli import main
 from stillroom.errors import SourceError
-from stillroom.quantization.folder import open_quantized
-from tests.stillroom.quantization.test_convert import saved
+from stillroom.quantization.formats.folder import open_quantized
+from tests.stillroom.quantization.formats.test_convert import saved
 from tests.stillroom.quantization.test_sequential import logits, rows
 from tests.stillroom.tiny import tiny_llama
 
@@ -92,7 +92,7 @@ def test_an_unknown_format_is_refused(tmp_path):
 
 
 def test_a_gguf_is_a_file(tmp_path, monkeypatch):
-    gguf_export = pytest.importorskip("stillroom.quantization.gguf_export")
+    gguf_export = pytest.importorskip("stillroom.quantization.formats.gguf_export")
     written = []
 
     def write(_, target):

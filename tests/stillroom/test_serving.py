@@ -12,11 +12,11 @@ from stillroom.contents import BaseReference, Contents, list_files, verify_files
 from stillroom.errors import MismatchError, RecipeError, SourceError
 from stillroom.llama_engine import GGUF_FILE, LlamaCppModel, has_llama_cpp
 from stillroom.models import load_model, load_tokenizer
-from stillroom.quantization.gguf_export import export_gguf
+from stillroom.quantization.formats.gguf_export import export_gguf
 from stillroom.serving import DEFAULT_CONFIG, ServedModel, choose_engine, read_stop_ids
 from tasks.registry import register_base
 from tests.registering import new_place
-from tests.stillroom.quantization.gguf_models import tiny_model, write_checkpoint
+from tests.stillroom.quantization.formats.gguf_models import tiny_model, write_checkpoint
 
 pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
 llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="make install-llama-cpp was not run")

@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 from stillroom.blocks import find_blocks
 from stillroom.errors import RecipeError
 from stillroom.models import load_model, read_config, saved_dtype
-from stillroom.quantization.convert import task_of
-from stillroom.quantization.folder import QuantizedFolder, open_quantized
+from stillroom.quantization.formats.convert import task_of
+from stillroom.quantization.formats.folder import QuantizedFolder, open_quantized
+from stillroom.quantization.formats.shards import ShardWriter, new_folder, write_config
 from stillroom.quantization.losses import Loss, measure_losses
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.packing import CheckpointFormat, pack
 from stillroom.quantization.sequential import CalibrationRows
-from stillroom.quantization.shards import ShardWriter, new_folder, write_config
 from stillroom.quantization.weight import LayerAccount
 
 logger = logging.getLogger(__name__)
@@ -140,6 +140,8 @@ def account_for(name: str, loss: Loss, log: list[dict[str, Any]]) -> LayerAccoun
         clipped=loss.clipped,
         weights=loss.original.numel(),
         dead_inputs=int((torch.as_tensor(loss.largest_inputs) == 0).sum()),
+        bits=loss.weight.bits,
+        group_size=loss.weight.group_size,
     )
 
 

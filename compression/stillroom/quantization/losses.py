@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from stillroom.blocks import read_weight, write_weight
 from stillroom.errors import MismatchError
-from stillroom.quantization.folder import QuantizedFolder
+from stillroom.quantization.formats.folder import QuantizedFolder
 from stillroom.quantization.weight import QuantizedWeight
 
 

@@ -14,7 +14,7 @@ from stillroom.blocks import find_stacks, weight_at
 from stillroom.errors import CorruptedError
 from stillroom.models import Task, model_class, quiet, read_config, saved_dtype
 from stillroom.quantization.capture import BlockCaller, Place, Rows
-from stillroom.quantization.folder import QuantizedFolder, TensorFiles, open_quantized
+from stillroom.quantization.formats.folder import QuantizedFolder, TensorFiles, open_quantized
 
 Side = tuple[Any, ...] | None
 LOGITS_AT_ONCE = 1 << 24

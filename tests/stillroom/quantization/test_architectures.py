@@ -8,7 +8,7 @@ import transformers as tf
 
 from stillroom.blocks import find_stacks, find_weights
 from stillroom.models import load_model, save_model
-from stillroom.quantization.export import check_folder, save_quantized
+from stillroom.quantization.formats.export import check_folder, save_quantized
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sequential import quantize_model
 from stillroom.quantization.streaming import open_streamed

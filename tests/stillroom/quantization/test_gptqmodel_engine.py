@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from stillroom.errors import RecipeError
 from stillroom.models import load_model
 from stillroom.quantization import gptqmodel_engine as engine
-from stillroom.quantization.convert import export_folder, measure_export
-from stillroom.quantization.folder import open_quantized
+from stillroom.quantization.formats.convert import export_folder, measure_export
+from stillroom.quantization.formats.folder import open_quantized
 from stillroom.quantization.losses import Loss
 from stillroom.quantization.options import QuantizationOptions
-from tests.stillroom.quantization.test_convert import weight
+from tests.stillroom.quantization.formats.test_convert import weight
 from tests.stillroom.quantization.test_sequential import logits, rows
 from tests.stillroom.tiny import tiny_llama, tiny_tokenizer
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from stillroom.errors import MismatchError
-from stillroom.quantization.folder import open_quantized
+from stillroom.quantization.formats.folder import open_quantized
 from stillroom.quantization.losses import Loss, measure_losses
 from stillroom.quantization.weight import relative_output_error
-from tests.stillroom.quantization.test_convert import saved, weight
+from tests.stillroom.quantization.formats.test_convert import saved, weight
 from tests.stillroom.quantization.test_sequential import rows
 from tests.stillroom.tiny import tiny_llama
 

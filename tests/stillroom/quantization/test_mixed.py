@@ -4,7 +4,7 @@ import torch
 from stillroom.errors import RecipeError
 from stillroom.models import load_model
 from stillroom.quantization.allocation import LayerChoice
-from stillroom.quantization.export import save_quantized
+from stillroom.quantization.formats.export import save_quantized
 from stillroom.quantization.mixed import choose_bits
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.packing import pack

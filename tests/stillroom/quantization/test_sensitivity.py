@@ -14,8 +14,8 @@ from stillroom.quantization.allocation import (
     repair,
 )
 from stillroom.quantization.divergence import kl_measure
-from stillroom.quantization.export import save_quantized
-from stillroom.quantization.loading import load_quantized
+from stillroom.quantization.formats.export import save_quantized
+from stillroom.quantization.formats.loading import load_quantized
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sensitivity import (
     gptq_with,

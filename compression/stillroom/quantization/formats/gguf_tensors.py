@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from stillroom.errors import MismatchError
-from stillroom.quantization.folder import QuantizedFolder, open_quantized
-from stillroom.quantization.gguf_architectures import (
+from stillroom.quantization.formats.folder import QuantizedFolder, open_quantized
+from stillroom.quantization.formats.gguf_architectures import (
     Architecture,
     find_architecture,
     row_order,
     tensor_names,
 )
-from stillroom.quantization.gguf_blocks import BLOCK
+from stillroom.quantization.formats.gguf_blocks import BLOCK
 from stillroom.quantization.weight import QuantizedWeight
 
 PlainType = Literal["F32", "F16", "Q8_0"]

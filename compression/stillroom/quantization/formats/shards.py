@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from stillroom.errors import SourceError
-from stillroom.quantization.folder import INDEX
+from stillroom.quantization.formats.folder import INDEX
 
 SHARD_BYTES = 128 * 2**20
 WEIGHTS = "model.safetensors"

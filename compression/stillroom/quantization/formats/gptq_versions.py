@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from stillroom.errors import MismatchError
-from stillroom.quantization.folder import open_quantized
+from stillroom.quantization.formats.folder import open_quantized
+from stillroom.quantization.formats.shards import SHARD_BYTES, ShardWriter, new_folder, write_config
 from stillroom.quantization.packing import (
     CheckpointFormat,
     PackedWeight,
     pack_rows,
     unpack_zeros,
 )
-from stillroom.quantization.shards import SHARD_BYTES, ShardWriter, new_folder, write_config
 
 
 def convert_gptq(

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from stillroom.blocks import weight_at
 from stillroom.errors import CorruptedError
 from stillroom.models import Task, Weights, model_class, quiet
-from stillroom.quantization.folder import open_quantized
+from stillroom.quantization.formats.folder import open_quantized
 from stillroom.quantization.linear import QuantizedLinear
 
 

@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from stillroom.errors import CorruptedError, MismatchError, SourceError
 from stillroom.llama_engine import LlamaCppModel, has_llama_cpp
 from stillroom.models import load_model, load_tokenizer
-from stillroom.quantization.gguf_check import compare_gguf
-from stillroom.quantization.gguf_export import export_gguf
+from stillroom.quantization.formats.gguf_check import compare_gguf
+from stillroom.quantization.formats.gguf_export import export_gguf
 from stillroom.quantization.packing import pack
-from tests.stillroom.quantization.gguf_models import (
+from tests.stillroom.quantization.formats.gguf_models import (
     OWN,
     byte_tokenizer,
     rounded,

@@ -29,19 +29,19 @@ def export_folder(folder: Path, target: Path, export_format: ExportFormat) -> Pa
     """
     match export_format:
         case "gptq" | "gptq_v2":
-            from stillroom.quantization.gptq_versions import convert_gptq
+            from stillroom.quantization.formats.gptq_versions import convert_gptq
 
             convert_gptq(folder, target, export_format)
         case "auto-gptq":
-            from stillroom.quantization.auto_gptq import export_auto_gptq
+            from stillroom.quantization.formats.auto_gptq import export_auto_gptq
 
             export_auto_gptq(folder, target)
         case "compressed-tensors":
-            from stillroom.quantization.compressed_tensors import export_compressed_tensors
+            from stillroom.quantization.formats.compressed_tensors import export_compressed_tensors
 
             export_compressed_tensors(folder, target)
         case "gguf":
-            from stillroom.quantization.gguf_export import export_gguf
+            from stillroom.quantization.formats.gguf_export import export_gguf
 
             target = target if target.suffix == ".gguf" else target / "model.gguf"
             fresh = not target.parent.exists()

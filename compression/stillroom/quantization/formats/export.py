@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stillroom.blocks import weight_at
 from stillroom.evaluation.figures import ReloadCheck
 from stillroom.models import Task, quiet
+from stillroom.quantization.formats.shards import SHARD_BYTES, ShardWriter
 from stillroom.quantization.packing import pack
 from stillroom.quantization.sequential import QuantizationResult
-from stillroom.quantization.shards import SHARD_BYTES, ShardWriter
 from stillroom.quantization.streaming import Blocks, InMemory, open_streamed, streamed_logits
 
 

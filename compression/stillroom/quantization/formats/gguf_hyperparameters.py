@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stillroom.errors import MismatchError
-from stillroom.quantization.gguf_architectures import Architecture
+from stillroom.quantization.formats.gguf_architectures import Architecture
 
 UNLIMITED = 2048  # tokens, for models whose positions have no end
 

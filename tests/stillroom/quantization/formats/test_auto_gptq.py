@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from stillroom.errors import CorruptedError, MismatchError
 from stillroom.models import load_model
-from stillroom.quantization.auto_gptq import config_of_its_time, export_auto_gptq
-from stillroom.quantization.convert import measure_export
-from stillroom.quantization.folder import open_quantized
-from tests.stillroom.quantization.test_convert import saved
+from stillroom.quantization.formats.auto_gptq import config_of_its_time, export_auto_gptq
+from stillroom.quantization.formats.convert import measure_export
+from stillroom.quantization.formats.folder import open_quantized
+from tests.stillroom.quantization.formats.test_convert import saved
 from tests.stillroom.quantization.test_sequential import logits, rows
 from tests.stillroom.tiny import tiny_llama
 
-PYTHON = Path(__file__).parents[3] / ".bench" / "peers" / "auto-gptq" / "bin" / "python"
+PYTHON = Path(__file__).parents[4] / ".bench" / "peers" / "auto-gptq" / "bin" / "python"
 needs_auto_gptq = pytest.mark.skipif(not PYTHON.exists(), reason="needs `make install-auto-gptq`")
 
 # One process for all folders: importing auto-gptq takes longer than the work.

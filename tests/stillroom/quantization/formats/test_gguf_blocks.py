@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillroom.errors import MismatchError, NotFiniteError
-from stillroom.quantization.gguf_blocks import choose_type, encode_blocks, round_scales
+from stillroom.quantization.formats.gguf_blocks import choose_type, encode_blocks, round_scales
 from stillroom.quantization.weight import QuantizedWeight
 
 gguf = pytest.importorskip("gguf", reason="the extra `gguf` is not installed")

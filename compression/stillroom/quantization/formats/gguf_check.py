@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stillroom.errors import CorruptedError
-from stillroom.quantization.gguf_tensors import ROWS_AT_ONCE, open_reordered
+from stillroom.quantization.formats.gguf_tensors import ROWS_AT_ONCE, open_reordered
 from stillroom.quantization.weight import QuantizedWeight
 
 

@@ -10,16 +10,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from stillroom.errors import MismatchError
-from stillroom.quantization.compressed_tensors import (
+from stillroom.quantization.formats.compressed_tensors import (
     Scheme,
     export_compressed_tensors,
     quantization_section,
 )
-from stillroom.quantization.convert import export_folder, measure_export
-from stillroom.quantization.folder import open_quantized
+from stillroom.quantization.formats.convert import export_folder, measure_export
+from stillroom.quantization.formats.folder import open_quantized
+from stillroom.quantization.formats.shards import ShardWriter, new_folder, write_config
 from stillroom.quantization.packing import pack
-from stillroom.quantization.shards import ShardWriter, new_folder, write_config
-from tests.stillroom.quantization.test_convert import saved, weight
+from tests.stillroom.quantization.formats.test_convert import saved, weight
 from tests.stillroom.quantization.test_sequential import logits, rows
 
 # torch's own, at the import of a module that compressed-tensors asks for.

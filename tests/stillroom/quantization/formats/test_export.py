@@ -6,9 +6,9 @@ from safetensors.torch import load_file, save_file
 
 from stillroom.errors import CorruptedError, RecipeError, SourceError
 from stillroom.models import load_model
-from stillroom.quantization.export import check_folder, save_quantized
+from stillroom.quantization.formats.export import check_folder, save_quantized
+from stillroom.quantization.formats.loading import load_quantized
 from stillroom.quantization.linear import QuantizedLinear
-from stillroom.quantization.loading import load_quantized
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sequential import quantize_model
 from tests.stillroom.quantization.test_sequential import MODELS, logits, rows

@@ -8,15 +8,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from stillroom.errors import MismatchError, SourceError
-from stillroom.quantization.convert import export_folder, measure_export, task_of
-from stillroom.quantization.export import save_quantized
-from stillroom.quantization.folder import open_quantized
-from stillroom.quantization.gptq_versions import convert_gptq, convert_zeros
-from stillroom.quantization.loading import load_quantized
+from stillroom.quantization.formats.convert import export_folder, measure_export, task_of
+from stillroom.quantization.formats.export import save_quantized
+from stillroom.quantization.formats.folder import open_quantized
+from stillroom.quantization.formats.gptq_versions import convert_gptq, convert_zeros
+from stillroom.quantization.formats.loading import load_quantized
+from stillroom.quantization.formats.shards import ShardWriter, new_folder
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.packing import pack, unpack
 from stillroom.quantization.sequential import quantize_model
-from stillroom.quantization.shards import ShardWriter, new_folder
 from stillroom.quantization.weight import QuantizedWeight
 from tests.stillroom.quantization.test_sequential import MODELS, logits, rows
 from tests.stillroom.tiny import tiny_llama, tiny_tokenizer

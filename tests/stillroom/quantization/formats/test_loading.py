@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from stillroom.quantization.allocation import LayerChoice, layer_options
-from stillroom.quantization.export import save_quantized
+from stillroom.quantization.formats.export import save_quantized
+from stillroom.quantization.formats.loading import load_quantized
 from stillroom.quantization.linear import QuantizedLinear
-from stillroom.quantization.loading import load_quantized
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sequential import quantize_model
 from tests.stillroom.rows import token_rows

@@ -9,16 +9,16 @@ from numpy.typing import NDArray
 
 from stillroom.errors import MismatchError, SourceError
 from stillroom.llama_engine import GGUF_FILE
-from stillroom.quantization.gguf_blocks import (
+from stillroom.quantization.formats.gguf_blocks import (
     AsymmetricType,
     BlockType,
     choose_type,
     encode_blocks,
     round_scales,
 )
-from stillroom.quantization.gguf_check import GgufReport, compare_gguf
-from stillroom.quantization.gguf_hyperparameters import rope_factors, write_hyperparameters
-from stillroom.quantization.gguf_tensors import (
+from stillroom.quantization.formats.gguf_check import GgufReport, compare_gguf
+from stillroom.quantization.formats.gguf_hyperparameters import rope_factors, write_hyperparameters
+from stillroom.quantization.formats.gguf_tensors import (
     Place,
     PlainType,
     Reordered,
@@ -26,7 +26,7 @@ from stillroom.quantization.gguf_tensors import (
     open_reordered,
     plain_type,
 )
-from stillroom.quantization.gguf_vocabulary import write_vocabulary
+from stillroom.quantization.formats.gguf_vocabulary import write_vocabulary
 from stillroom.quantization.weight import QuantizedWeight
 
 __all__ = ["GGUF_FILE", "GgufReport", "export_gguf"]

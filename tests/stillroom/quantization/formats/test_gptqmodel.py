@@ -19,8 +19,8 @@ from stillroom.data.corpora import builtin_documents
 from stillroom.data.tokens import tokenise_causal
 from stillroom.distillation.student import initialise_student
 from stillroom.models import load_model, load_tokenizer, tokenizer_hash
-from stillroom.quantization.export import save_quantized
-from stillroom.quantization.loading import load_quantized
+from stillroom.quantization.formats.export import save_quantized
+from stillroom.quantization.formats.loading import load_quantized
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sequential import quantize_model
 

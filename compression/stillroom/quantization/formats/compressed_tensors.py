@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from stillroom.errors import MismatchError, SourceError
 from stillroom.models import saved_dtype
-from stillroom.quantization.folder import QuantizedFolder, open_quantized
-from stillroom.quantization.gptq_versions import convert_zeros
+from stillroom.quantization.formats.folder import QuantizedFolder, open_quantized
+from stillroom.quantization.formats.gptq_versions import convert_zeros
+from stillroom.quantization.formats.shards import SHARD_BYTES, ShardWriter, new_folder, write_config
 from stillroom.quantization.packing import WORD, PackedWeight, has_plain_groups, unpack_zeros
-from stillroom.quantization.shards import SHARD_BYTES, ShardWriter, new_folder, write_config
 
 
 @dataclass(frozen=True, order=True)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from stillroom.errors import MismatchError
 from stillroom.models import saved_dtype
-from stillroom.quantization.compressed_tensors import find_places
-from stillroom.quantization.folder import QuantizedFolder, open_quantized
-from stillroom.quantization.gptq_versions import convert_zeros
-from stillroom.quantization.shards import SHARD_BYTES, ShardWriter, new_folder, write_config
+from stillroom.quantization.formats.compressed_tensors import find_places
+from stillroom.quantization.formats.folder import QuantizedFolder, open_quantized
+from stillroom.quantization.formats.gptq_versions import convert_zeros
+from stillroom.quantization.formats.shards import SHARD_BYTES, ShardWriter, new_folder, write_config
 
 SETTINGS = "quantize_config.json"
 

@@ -6,9 +6,13 @@ from transformers import PreTrainedTokenizerFast
 
 from stillroom.errors import MismatchError
 from stillroom.llama_engine import has_llama_cpp
-from stillroom.quantization.gguf_export import export_gguf
-from stillroom.quantization.gguf_vocabulary import PRE_TOKENIZERS, read_vocabulary
-from tests.stillroom.quantization.gguf_models import byte_tokenizer, tiny_model, write_checkpoint
+from stillroom.quantization.formats.gguf_export import export_gguf
+from stillroom.quantization.formats.gguf_vocabulary import PRE_TOKENIZERS, read_vocabulary
+from tests.stillroom.quantization.formats.gguf_models import (
+    byte_tokenizer,
+    tiny_model,
+    write_checkpoint,
+)
 
 pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
 llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="make install-llama-cpp was not run")

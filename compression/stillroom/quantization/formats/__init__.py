@@ -1,0 +1,1 @@
+"""Quantized models as folders and files: ours, and those that others read."""
