@@ -42,5 +42,10 @@ def cpu_seconds() -> float:
 
 
 def peak_bytes() -> int:
-    """Return the largest resident memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return the largest resident memory that this process has had since it was started.
+
+    The kernel's own ru_maxrss counts what the process was forked from, too.
+    """
+    with open("/proc/self/status") as status:
+        line = next(each for each in status if each.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
