@@ -57,21 +57,25 @@ def quality_claims(rows: Rows) -> list[Claim]:
 
 def speed_claims(rows: Rows, floor: float) -> list[Claim]:
     """Return the claims on CPU seconds; `floor` is in CPU seconds, at the timed rows' blocks."""
-    timed: dict[str, list[float]] = defaultdict(list)
+    timed: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
         if row["repeat"] is not None:
-            timed[_name(row)].append(row["cpu_seconds"])
+            timed[_name(row), row.get("instructions", "native")].append(row["cpu_seconds"])
     seconds = {name: median(each) for name, each in timed.items()}
-    plain, default = seconds.get("stillroom-plain"), seconds.get("stillroom-default")
     claims: list[Claim] = []
-    for peer, share in (("gptqmodel-default", 1 / 5), ("llmcompressor-default", 1 / 3)):
-        theirs = seconds.get(peer)
-        if theirs and plain:
-            text = f"plain GPTQ takes at most 1/{round(1 / share)} of {peer}'s CPU seconds"
-            claims.append(at_most(text, share, plain / theirs))
-        if theirs and default:
-            text = f"the default takes fewer CPU seconds than {peer}"
-            claims.append(at_most(text, 1.0, default / theirs))
+    for instructions, words in (("native", ""), ("avx2", " where all use AVX2")):
+        plain = seconds.get(("stillroom-plain", instructions))
+        default = seconds.get(("stillroom-default", instructions))
+        for peer, share in (("gptqmodel-default", 1 / 5), ("llmcompressor-default", 1 / 3)):
+            theirs = seconds.get((peer, instructions))
+            if theirs and plain:
+                part = f"1/{round(1 / share)}"
+                text = f"plain GPTQ takes at most {part} of {peer}'s CPU seconds{words}"
+                claims.append(at_most(text, share, plain / theirs))
+            if theirs and default:
+                text = f"the default takes fewer CPU seconds than {peer}{words}"
+                claims.append(at_most(text, 1.0, default / theirs))
+    plain = seconds.get(("stillroom-plain", "native"))
     if plain:
         text = "plain GPTQ takes at most 1.5 times the floor's CPU seconds"
         claims.append(at_most(text, 1.5, plain / floor))

@@ -14,9 +14,11 @@ from benchmarks.quantization.floor import floor_seconds, sgemm_rate
 from benchmarks.quantization.measures import keep, measure_path
 from benchmarks.quantization.places import HERE, ROOT, bench_folder
 from benchmarks.quantization.rows import read_row
+from benchmarks.quantization.summary import summarise
 from benchmarks.quantization.work import CALIBRATION_ROWS, LENGTH, text_source
 
 RESULTS = HERE / "results.json"
+PAGE = HERE / "RESULTS.md"
 PLOT = HERE / "quantization.png"
 SHOWN = ("kl", "perplexity", "bytes", "cpu_seconds", "peak_bytes")
 
@@ -35,7 +37,7 @@ def finished_rows(cells: list[Cell]) -> list[dict[str, Any]]:
 
 
 def gather() -> list[Claim]:
-    """Write results.json and the plot from what is done, and return the claims."""
+    """Write results.json, its page and the plot from what is done, and return the claims."""
     from benchmarks.quantization.plot import plot
 
     rows = finished_rows(table_cells())
@@ -53,6 +55,7 @@ def gather() -> list[Claim]:
         "claims": [claim.as_json() for claim in claims],
     }
     RESULTS.write_text(json.dumps(written, indent=1) + "\n")
+    PAGE.write_text(summarise(written))
     if rows:
         plot(rows, PLOT)
     return claims

@@ -15,6 +15,12 @@ from benchmarks.quantization.places import HERE, ROOT, bench_folder
 from benchmarks.quantization.work import model_folder, tokens_file
 
 TIMEOUT = 3600  # seconds
+# What keeps torch, oneDNN and MKL to AVX2.
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
 
 
 def row_path(cell: Cell) -> Path:
@@ -71,7 +77,7 @@ def run_job(cell: Cell, folder: Path, **more: Any) -> dict[str, Any]:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
-                env=_environment(),
+                env=_environment(cell),
                 timeout=TIMEOUT,
                 check=False,
             )
@@ -91,10 +97,11 @@ def _command(cell: Cell) -> list[str]:
     return [str(peer_python(cell.method)), str(script)]
 
 
-def _environment() -> dict[str, str]:
+def _environment(cell: Cell) -> dict[str, str]:
     workers = str(os.cpu_count() or 1)
     return {
         **os.environ,
+        **(AVX2 if cell.instructions == "avx2" else {}),
         "PYTHONPATH": str(ROOT / "compression"),
         "GPTQMODEL_CPU_WORKERS": workers,
         "CUDA_VISIBLE_DEVICES": "",
