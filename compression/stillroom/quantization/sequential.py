@@ -166,41 +166,46 @@ class _Run:
                     stream.leave(stack)
 
     def _block(self, place: Place, prefix: str, weights: dict[str, LinearWeight]) -> None:
-        inputs = Activations(self.scratch / f"inputs-{prefix}")
+        """Quantize a block, or take it as it was kept, and let every batch go through it."""
         if self.pieces.has(prefix):
             if self.original:
                 self.original.advance(place)
             for name, layer in self.pieces.load(prefix).items():
                 write_layer(weights[name], layer)
         else:
-            rounds = self._rounds(place, weights)
-            if self.original:
-                watched = [name for each in rounds for name in each.watched]
-                watch_inputs(self.original, place, weights, watched, inputs)
-            solved: dict[str, QuantizedLayer] = {}
-            for each in rounds:
-                kept = inputs if self.original else None
-                sums = collect(
-                    self.now, place, weights, each.watched, each.once, self.held_out, kept
-                )
-                fresh: dict[str, QuantizedLayer] = {}
-                for group in each.groups:
-                    fresh |= solve_group(group, weights, sums.get(group[0]), self.choices)
-                # Only now: layers of the same round see one another's full-precision outputs.
-                for name, layer in fresh.items():
-                    write_layer(weights[name], layer)
-                solved |= fresh
-            for name in weights.keys() - solved.keys():
-                solved |= solve_group((name,), weights, None, self.choices)
-                write_layer(weights[name], solved[name])
+            solved = self._solved(place, weights)
             self.pieces.save(prefix, {name: solved[name] for name in weights})
-        inputs.delete()
         for largest in self.now.advance(place):
             if not bool(torch.isfinite(largest)):
                 raise NotFiniteError(
                     f"{prefix}: the quantized block gives a NaN or an infinity on the calibration "
                     f"rows; compute the model in float32 or bfloat16, or use more bits"
                 )
+
+    def _solved(self, place: Place, weights: dict[str, LinearWeight]) -> dict[str, QuantizedLayer]:
+        """Return the quantized layers of a block, written into the model round by round."""
+        rounds = self._rounds(place, weights)
+        inputs: Activations | None = None
+        if self.original:
+            inputs = Activations(self.scratch / "inputs")
+            watched = [name for each in rounds for name in each.watched]
+            watch_inputs(self.original, place, weights, watched, inputs)
+        solved: dict[str, QuantizedLayer] = {}
+        for each in rounds:
+            sums = collect(self.now, place, weights, each.watched, each.once, self.held_out, inputs)
+            fresh: dict[str, QuantizedLayer] = {}
+            for group in each.groups:
+                fresh |= solve_group(group, weights, sums.get(group[0]), self.choices)
+            # Only now: layers of the same round see one another's full-precision outputs.
+            for name, layer in fresh.items():
+                write_layer(weights[name], layer)
+            solved |= fresh
+        for name in weights.keys() - solved.keys():
+            solved |= solve_group((name,), weights, None, self.choices)
+            write_layer(weights[name], solved[name])
+        if inputs:
+            inputs.delete()
+        return solved
 
     def _rounds(self, place: Place, weights: dict[str, LinearWeight]) -> tuple[Round, ...]:
         """Return the rounds of a block; blocks with the same layers share a plan."""
@@ -214,7 +219,9 @@ class _Run:
             Round(tuple(tuple(f"{prefix}{n}" for n in group) for group in each.groups), each.once)
             for each in self._plans[layout]
         )
-        if self.choices.options.true_sequential:
+        options = self.choices.options
+        # Rounding asks nothing of the inputs; they only measure its error.
+        if options.true_sequential and options.method != "rtn":
             return rounds
         groups = tuple(group for each in rounds for group in each.groups)
         return (Round(groups, all(each.once for each in rounds)),) if rounds else ()
