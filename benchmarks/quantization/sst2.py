@@ -158,7 +158,7 @@ def _quantized(folder: Path, train: list[Example], bits: Any, method: Any) -> An
     model = load_model(folder, task="sequence_classification")
     chosen = random.Random(2).sample(train, CALIBRATION_EXAMPLES)
     rows = _tokens(load_tokenizer(folder), chosen)
-    quantize_model(model, rows, QuantizationOptions(bits=bits, method=method), batch_size=BATCH)
+    quantize_model(model, rows, QuantizationOptions(bits=bits, method=method, batch_rows=BATCH))
     return model
 
 
