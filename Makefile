@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gptqmodel install-auto-gptq install-llama-cpp demo demo-controls encoder test lint up down clean
+.PHONY: help install install-gptqmodel install-auto-gptq install-llama-cpp bench-quantization bench-quantization-peers demo demo-controls encoder test lint up down clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-24s %s\n", $$1, $$2}'
