@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stillroom.errors import CorruptedError
 from stillroom.quantization.packing import (
+    WORD,
     CheckpointFormat,
     PackedWeight,
     has_plain_groups,
     unpack_rows,
     unpack_zeros,
+    values_per_unit,
 )
 
 
@@ -51,3 +54,28 @@ class TorchKernel:
         bias = self.layer.bias
         bias = None if bias is None else bias.to(inputs.dtype)
         return functional.linear(inputs, self.layer.dequantize(inputs.dtype), bias)
+
+
+def require_fit(layer: PackedLinear) -> None:
+    """Refuse tensors that are not those of one layer; a kernel does not look where it reads.
+
+    Raises:
+        CorruptedError: the tensors do not fit each other.
+    """
+    packed, bits = layer.packed, layer.bits
+    (inputs,), (groups, outputs) = packed.g_idx.shape, packed.scales.shape
+    zeros = unpack_zeros(packed.qzeros, bits, layer.checkpoint_format).shape
+    fits = (
+        packed.qweight.shape == (inputs * bits // WORD, outputs)
+        and inputs % values_per_unit(bits) == 0
+        and packed.qweight.dtype == torch.int32
+        and zeros == (groups, outputs)
+        and (layer.bias is None or layer.bias.shape == (outputs,))
+        and 0 <= int(packed.g_idx.min()) <= int(packed.g_idx.max()) < groups
+    )
+    if not fits:
+        shapes = {name: tuple(tensor.shape) for name, tensor in packed.tensors().items()}
+        raise CorruptedError(
+            f"expected the tensors of one layer of {bits} bits, {inputs} inputs and {outputs} "
+            f"outputs in {groups} groups, got {shapes}; write the checkpoint again"
+        )

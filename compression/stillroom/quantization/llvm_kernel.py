@@ -16,11 +16,10 @@ import llvmlite.binding as llvm
 import torch
 from torch import Tensor, nn
 
-from stillroom.errors import CorruptedError, MismatchError
-from stillroom.quantization.dequantization import PackedLinear, TorchKernel
+from stillroom.errors import MismatchError
+from stillroom.quantization.dequantization import PackedLinear, TorchKernel, require_fit
 from stillroom.quantization.llvm_product import LONGEST_CHUNK, Shape, write_module
 from stillroom.quantization.packing import (
-    WORD,
     pack_rows,
     unpack_rows,
     unpack_zeros,
@@ -129,7 +128,7 @@ class LlvmKernel:
         Raises:
             CorruptedError: the tensors of the layer do not fit each other.
         """
-        _require_fit(layer)
+        require_fit(layer)
         packed, bits = layer.packed, layer.bits
         self.name = f"llvm-int{bits}"
         self.bits = bits
@@ -209,27 +208,6 @@ class LlvmKernel:
 def _is_readable(inputs: Tensor) -> bool:
     """Return whether these are plain floats in this process's memory."""
     return (type(inputs) is Tensor or type(inputs) is nn.Parameter) and inputs.is_cpu
-
-
-def _require_fit(layer: PackedLinear) -> None:
-    """Machine code does not look where it reads: nothing may be out of place."""
-    packed, bits = layer.packed, layer.bits
-    (inputs,), (groups, outputs) = packed.g_idx.shape, packed.scales.shape
-    zeros = unpack_zeros(packed.qzeros, bits, layer.checkpoint_format).shape
-    fits = (
-        packed.qweight.shape == (inputs * bits // WORD, outputs)
-        and inputs % values_per_unit(bits) == 0
-        and packed.qweight.dtype == torch.int32
-        and zeros == (groups, outputs)
-        and (layer.bias is None or layer.bias.shape == (outputs,))
-        and 0 <= int(packed.g_idx.min()) <= int(packed.g_idx.max()) < groups
-    )
-    if not fits:
-        shapes = {name: tuple(tensor.shape) for name, tensor in packed.tensors().items()}
-        raise CorruptedError(
-            f"expected the tensors of one layer of {bits} bits, {inputs} inputs and {outputs} "
-            f"outputs in {groups} groups, got {shapes}; write the checkpoint again"
-        )
 
 
 def chunk_table(g_idx: Tensor, unit: int) -> Tensor:
