@@ -3,6 +3,7 @@
 import warnings
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from stillroom.quantization.dequantization import PackedLinear, TorchKernel
@@ -24,14 +25,25 @@ def choose_kernel(layer: PackedLinear) -> Kernel:
 
     Where that is the one that dequantizes at each call, a warning says why.
     """
-    device = layer.packed.qweight.device.type
-    if device == "meta":
-        return TorchKernel(layer)
-    reason = _why_not_llvm() if device == "cpu" else f"no other kernel runs on {device}"
-    if reason is None:
-        from stillroom.quantization.llvm_kernel import LlvmKernel
+    device = layer.packed.qweight.device
+    match device.type:
+        case "meta":
+            return TorchKernel(layer)
+        case "cpu":
+            reason = _why_not_llvm()
+            if reason is None:
+                from stillroom.quantization.llvm_kernel import LlvmKernel
 
-        return LlvmKernel(layer)
+                return LlvmKernel(layer)
+        case "cuda":
+            reason = _why_not_triton(layer)
+            if reason is None:
+                from stillroom.quantization.triton_kernel import TritonKernel
+
+                properties = torch.cuda.get_device_properties(device)
+                return TritonKernel(layer, properties.multi_processor_count)
+        case other:
+            reason = f"no other kernel runs on {other}"
     warnings.warn(
         f"a packed layer dequantizes its weight at each call, which is slow: {reason}",
         RuntimeWarning,
@@ -51,3 +63,14 @@ def _why_not_llvm() -> str | None:
     except (ImportError, OSError) as error:
         return f"llvmlite cannot be loaded ({error}); pip install llvmlite"
     return unsupported()
+
+
+def _why_not_triton(layer: PackedLinear) -> str | None:
+    try:
+        from stillroom.quantization.triton_kernel import cannot_compile, unsupported
+    except (ImportError, OSError) as error:
+        return f"triton cannot be loaded ({error}); pip install triton"
+    capability = torch.cuda.get_device_capability(layer.packed.qweight.device)
+    if capability < (8, 0):
+        return f"the Triton kernel needs compute capability 8.0, this GPU has {capability}"
+    return cannot_compile() or unsupported(layer)

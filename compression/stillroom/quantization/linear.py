@@ -14,8 +14,8 @@ from stillroom.quantization.packing import PARTS, CheckpointFormat, PackedWeight
 class QuantizedLinear(nn.Module):
     """y = x Wᵀ + b with W of 2, 3, 4 or 8 bits, in the tensors of a GPTQ checkpoint.
 
-    On a CPU the forward pass reads the packed weight; the backward pass dequantizes it, so that
-    it never stays in memory. Gradients reach the inputs, not the weight: it is frozen.
+    Where a kernel can, the forward pass reads the packed weight; the backward pass dequantizes it,
+    so that it never stays in memory. Gradients reach the inputs, not the weight: it is frozen.
     """
 
     qweight: Tensor
@@ -45,7 +45,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def kernel(self) -> str:
-        """The name of what multiplies here: "llvm-int4", or "torch", which dequantizes."""
+        """The name of what multiplies here: "llvm-int4", "triton-int4"; "torch" dequantizes."""
         return self._current_kernel().name
 
     def use_torch(self, dequantizing: bool = True) -> None:
