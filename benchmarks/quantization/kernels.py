@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stillroom.quantization.kernel_report import output_difference
+from stillroom.quantization.kernels.report import output_difference
 from stillroom.quantization.linear import QuantizedLinear
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.packing import PackedWeight, pack

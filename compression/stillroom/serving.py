@@ -100,7 +100,7 @@ class ServedModel:
         import torch
 
         from stillroom.models import load_model, load_tokenizer
-        from stillroom.quantization.kernels import fastest_weights
+        from stillroom.quantization.kernels.choose import fastest_weights
 
         device, weights = self.config["device"], self.config["weights"]
         model = load_model(

@@ -10,7 +10,7 @@ from stillroom.errors import MismatchError
 from stillroom.evaluation.cost import Workload, folder_size_bytes, measure_cost
 from stillroom.evaluation.quality import measure_quality
 from stillroom.models import load_tokenizer, tokenizer_hash
-from stillroom.quantization.kernels import fastest_weights
+from stillroom.quantization.kernels.choose import fastest_weights
 from tasks.work.bench import Bench, Result
 
 

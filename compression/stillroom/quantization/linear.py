@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillroom.quantization.dequantization import PackedLinear, TorchKernel
-from stillroom.quantization.kernels import Kernel, choose_kernel
+from stillroom.quantization.kernels.choose import Kernel, choose_kernel
+from stillroom.quantization.kernels.dequantization import PackedLinear, TorchKernel
 from stillroom.quantization.packing import PARTS, CheckpointFormat, PackedWeight
 
 

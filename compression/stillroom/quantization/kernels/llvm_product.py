@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from stillroom.quantization.llvm_writer import (
+from stillroom.quantization.kernels.llvm_writer import (
     F16,
     F32,
     I8,

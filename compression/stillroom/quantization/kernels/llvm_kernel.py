@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.errors import MismatchError
-from stillroom.quantization.dequantization import PackedLinear, TorchKernel, require_fit
-from stillroom.quantization.llvm_product import LONGEST_CHUNK, Shape, write_module
+from stillroom.quantization.kernels.dequantization import PackedLinear, TorchKernel, require_fit
+from stillroom.quantization.kernels.llvm_product import LONGEST_CHUNK, Shape, write_module
 from stillroom.quantization.packing import (
     pack_rows,
     unpack_rows,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from stillroom.errors import MismatchError
-from stillroom.quantization.dequantization import PackedLinear, TorchKernel, require_fit
+from stillroom.quantization.kernels.dequantization import PackedLinear, TorchKernel, require_fit
 from stillroom.quantization.packing import has_plain_groups, unpack_zeros
 
 MOST_TOKENS = 16

@@ -9,10 +9,10 @@ from itertools import product
 
 import torch
 
-from stillroom.quantization import triton_kernel
-from stillroom.quantization.dequantization import PackedLinear
+from stillroom.quantization.kernels import triton_kernel
+from stillroom.quantization.kernels.dequantization import PackedLinear
+from stillroom.quantization.kernels.triton_kernel import TritonKernel
 from stillroom.quantization.packing import pack
-from stillroom.quantization.triton_kernel import TritonKernel
 from stillroom.quantization.weight import QuantizedWeight
 
 

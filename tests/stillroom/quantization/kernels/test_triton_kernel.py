@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from benchmarks.quantization.kernels import GPU_SHAPE, decode_on_gpu
-from stillroom.quantization import kernels
-from stillroom.quantization.dequantization import PackedLinear
-from stillroom.quantization.kernel_report import output_difference
+from stillroom.quantization.kernels import choose
+from stillroom.quantization.kernels.dequantization import PackedLinear
+from stillroom.quantization.kernels.report import output_difference
 from stillroom.quantization.linear import QuantizedLinear
 from stillroom.quantization.packing import PackedWeight
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 # Sums are float32; what is left in the others is the rounding of the outputs.
 TOLERANCES = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
 
@@ -34,7 +34,7 @@ def test_in_the_interpreter_the_product_is_the_dense_one():
         "PYTHONPATH": os.pathsep.join([str(ROOT / "compression"), str(ROOT), *sys.path]),
     }
     run = subprocess.run(
-        [sys.executable, "-m", "tests.stillroom.quantization.interpreted_triton"],
+        [sys.executable, "-m", "tests.stillroom.quantization.kernels.interpreted_triton"],
         env=environment,
         cwd=ROOT,
         capture_output=True,
@@ -64,7 +64,7 @@ def test_it_compiles_for_gpus_that_are_not_here(capability, dtype, few, tile):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from stillroom.quantization.triton_kernel import CONFIGS, multiply_packed
+    from stillroom.quantization.kernels.triton_kernel import CONFIGS, multiply_packed
 
     kernel, widest = multiply_packed.fn, CONFIGS[-1]
     floats, integers = f"*{dtype}", "i32"
@@ -87,7 +87,7 @@ def test_it_compiles_for_gpus_that_are_not_here(capability, dtype, few, tile):
 
 @needs_triton
 def test_the_plan_splits_the_inputs_where_outputs_are_few():
-    from stillroom.quantization.triton_kernel import Plan, plan
+    from stillroom.quantization.kernels.triton_kernel import Plan, plan
 
     assert plan(1, 128, *GPU_SHAPE, 128, 132) == Plan(1, 128, 96, 1)
     assert plan(1, 128, 4096, 4096, 128, 132) == Plan(1, 128, 2, 16)
@@ -97,7 +97,7 @@ def test_the_plan_splits_the_inputs_where_outputs_are_few():
 
 @needs_triton
 def test_layers_that_it_does_not_know_are_named():
-    from stillroom.quantization.triton_kernel import unsupported
+    from stillroom.quantization.kernels.triton_kernel import unsupported
 
     layer = make_packed(4, inputs=96, group=32)
     assert unsupported(layer) is None
@@ -108,8 +108,8 @@ def test_layers_that_it_does_not_know_are_named():
 
 
 def test_without_triton_the_reason_is_said(monkeypatch):
-    monkeypatch.setitem(sys.modules, "stillroom.quantization.triton_kernel", None)
-    reason = kernels._why_not_triton(make_packed(4))
+    monkeypatch.setitem(sys.modules, "stillroom.quantization.kernels.triton_kernel", None)
+    reason = choose._why_not_triton(make_packed(4))
     assert reason is not None
     assert "pip install triton" in reason
 
@@ -117,7 +117,7 @@ def test_without_triton_the_reason_is_said(monkeypatch):
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_cannot_compile():
-    from stillroom.quantization.triton_kernel import cannot_compile
+    from stillroom.quantization.kernels.triton_kernel import cannot_compile
 
     assert "no GPU or no C compiler" in str(cannot_compile())
 
@@ -129,17 +129,17 @@ def test_a_gpu_that_is_new_enough_takes_triton(capability, monkeypatch):
         cannot_compile=lambda: None,
         unsupported=lambda layer: None,
     )
-    monkeypatch.setitem(sys.modules, "stillroom.quantization.triton_kernel", module)
+    monkeypatch.setitem(sys.modules, "stillroom.quantization.kernels.triton_kernel", module)
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     weight = SimpleNamespace(device=torch.device("cuda"))
     layer = SimpleNamespace(packed=SimpleNamespace(qweight=weight))
     if capability >= (8, 0):
-        assert kernels.choose_kernel(layer) == "triton on 132"
+        assert choose.choose_kernel(layer) == "triton on 132"
     else:
         with pytest.warns(RuntimeWarning, match=r"compute capability 8.0, this GPU has \(7, 5\)"):
-            assert kernels.choose_kernel(layer).name == "torch"
+            assert choose.choose_kernel(layer).name == "torch"
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from stillroom.quantization.dequantization import PackedLinear, TorchKernel
+from stillroom.quantization.kernels.dequantization import PackedLinear, TorchKernel
 
 
 class Kernel(Protocol):
@@ -32,13 +32,13 @@ def choose_kernel(layer: PackedLinear) -> Kernel:
         case "cpu":
             reason = _why_not_llvm()
             if reason is None:
-                from stillroom.quantization.llvm_kernel import LlvmKernel
+                from stillroom.quantization.kernels.llvm_kernel import LlvmKernel
 
                 return LlvmKernel(layer)
         case "cuda":
             reason = _why_not_triton(layer)
             if reason is None:
-                from stillroom.quantization.triton_kernel import TritonKernel
+                from stillroom.quantization.kernels.triton_kernel import TritonKernel
 
                 properties = torch.cuda.get_device_properties(device)
                 return TritonKernel(layer, properties.multi_processor_count)
@@ -59,7 +59,7 @@ def fastest_weights(device: str) -> Literal["dense", "packed"]:
 
 def _why_not_llvm() -> str | None:
     try:
-        from stillroom.quantization.llvm_kernel import unsupported
+        from stillroom.quantization.kernels.llvm_kernel import unsupported
     except (ImportError, OSError) as error:
         return f"llvmlite cannot be loaded ({error}); pip install llvmlite"
     return unsupported()
@@ -67,7 +67,7 @@ def _why_not_llvm() -> str | None:
 
 def _why_not_triton(layer: PackedLinear) -> str | None:
     try:
-        from stillroom.quantization.triton_kernel import cannot_compile, unsupported
+        from stillroom.quantization.kernels.triton_kernel import cannot_compile, unsupported
     except (ImportError, OSError) as error:
         return f"triton cannot be loaded ({error}); pip install triton"
     capability = torch.cuda.get_device_capability(layer.packed.qweight.device)

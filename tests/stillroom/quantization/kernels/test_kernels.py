@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillroom.errors import CorruptedError, MismatchError
-from stillroom.quantization import llvm_kernel
-from stillroom.quantization.dequantization import PackedLinear, TorchKernel
-from stillroom.quantization.kernel_report import output_difference, report_kernels
+from stillroom.quantization.kernels import llvm_kernel
+from stillroom.quantization.kernels.dequantization import PackedLinear, TorchKernel
+from stillroom.quantization.kernels.llvm_kernel import LlvmKernel, chunk_table
+from stillroom.quantization.kernels.report import output_difference, report_kernels
 from stillroom.quantization.linear import QuantizedLinear
-from stillroom.quantization.llvm_kernel import LlvmKernel, chunk_table
 from stillroom.quantization.packing import pack
 from stillroom.quantization.weight import QuantizedWeight
 
@@ -260,7 +260,7 @@ def test_a_forked_child_does_not_wait_for_its_parents_threads(two_threads):
 
 
 def test_without_llvmlite_torch_dequantizes_and_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "stillroom.quantization.llvm_kernel", None)
+    monkeypatch.setitem(sys.modules, "stillroom.quantization.kernels.llvm_kernel", None)
     layer = _layer(*SMALL)
     with pytest.warns(RuntimeWarning, match="pip install llvmlite"):
         assert layer.kernel == "torch"

@@ -1,0 +1,1 @@
+"""What multiplies with packed weights: LLVM code on a CPU, Triton on a GPU, torch anywhere."""
