@@ -30,7 +30,7 @@ def measure_decode() -> None:
     if has_llama_cpp():
         speeds = _tokens_per_second()
         slow = median(speeds["transformers fp32"])
-        for way in ("GGUF export under llama.cpp", "the registered version's pyfunc"):
+        for way in ("GGUF export under llama.cpp", "the model behind the registered pyfunc"):
             text = f"{way}: tokens/s over those of fp32 transformers"
             claims.append(at_least(text, 6.0, median(speeds[way]) / slow))
         more["tokens_per_second"] = speeds
@@ -84,7 +84,7 @@ def _tokens_per_second() -> dict[str, list[float]]:
         "GGUF export under llama.cpp": lambda: len(
             gguf.continue_greedily(prompt.tolist(), NEW_TOKENS, ())
         ),
-        "the registered version's pyfunc": pyfunc,
+        "the model behind the registered pyfunc": pyfunc,
     }
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(REPEATS + 1):
