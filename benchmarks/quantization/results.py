@@ -109,17 +109,23 @@ def _circumstances() -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit,
         "full": os.environ.get("FULL") == "1",
-        "hardware": {"processor": _processor(), "cores": os.cpu_count()},
+        "hardware": {
+            "processor": _processor("model name"),
+            "cores": os.cpu_count(),
+            # A peer that computes in bfloat16 is fast only where the processor does.
+            "bfloat16": "avx512_bf16" in _processor("flags"),
+        },
         "versions": {"torch": version("torch"), "transformers": version("transformers")},
         "text": text_source(),
         "folder": str(bench_folder().relative_to(ROOT)),
     }
 
 
-def _processor() -> str:
+def _processor(fact: str) -> str:
+    """Return a line of Linux's description of the first processor."""
     try:
         with open("/proc/cpuinfo") as file:
-            names = [line.partition(":")[2].strip() for line in file if "model name" in line]
+            found = [line.partition(":")[2].strip() for line in file if line.startswith(fact)]
     except OSError:
-        names = []
-    return names[0] if names else platform.processor()
+        found = []
+    return found[0] if found else platform.processor()

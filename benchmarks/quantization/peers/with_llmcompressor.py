@@ -13,7 +13,7 @@ from pathlib import Path
 from costs import Costs
 
 # Activation order is static by default. "best" is, of the documented options that were tried on
-# this work, the set with the lowest KL: see README.md.
+# this work, the set with the lowest KL: see the benchmark's README.
 VARIANTS: dict[str, dict] = {
     "default": {},
     "best": {"observer": "imatrix_mse", "dampening_frac": 0.1},
