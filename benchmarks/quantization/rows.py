@@ -76,7 +76,7 @@ def run_job(cell: Cell, folder: Path, **more: Any) -> dict[str, Any]:
                 [*_command(cell), str(path)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                cwd=ROOT,
+                cwd=ROOT if cell.method == "stillroom" else folder,  # peers write logs there
                 env=_environment(cell),
                 timeout=TIMEOUT,
                 check=False,
