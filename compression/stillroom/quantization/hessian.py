@@ -146,17 +146,27 @@ def inverse_cholesky(H: Tensor, damping: float) -> InverseFactor:
         raise NotFiniteError("the Hessian holds a NaN or an infinity")
     last = used = damping
     for _ in range(RETRIES):
-        damped = damp(H.double(), used)
-        # Flipping both axes turns the lower factor of the flipped matrix into the upper one of H.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not int(failed):
-            R = lower.flip(0, 1)
-            identity = torch.eye(H.shape[0], dtype=R.dtype, device=R.device)
-            upper = torch.linalg.solve_triangular(R, identity, upper=True)
-            if bool(torch.isfinite(upper).all()):
-                return InverseFactor(upper.float(), used)
+        upper = _inverse_upper(damp(H, used))
+        if upper is not None:
+            return InverseFactor(upper, used)
         last, used = used, max(10 * used, SMALLEST_RETRY)
     raise NotPositiveDefiniteError(
         f"the Hessian is not positive definite with damping {last:g}; "
         f"use more calibration text or a damping above {damping:g}"
     )
+
+
+def _inverse_upper(H: Tensor) -> Tensor | None:
+    """Return U in float32 with H⁻¹ = Uᵀ U, or nothing where H is not positive definite.
+
+    Each step lets go of what came before: in float64 these are the largest matrices of all.
+    """
+    # Flipping both axes turns the lower factor of the flipped matrix into the upper one of H.
+    lower, failed = torch.linalg.cholesky_ex(H.double().flip(0, 1))
+    if int(failed):
+        return None
+    R = lower.flip(0, 1)
+    del lower
+    inverse = torch.eye(H.shape[0], dtype=R.dtype, device=R.device)
+    torch.linalg.solve_triangular(R, inverse, upper=True, out=inverse)
+    return inverse.float() if bool(torch.isfinite(inverse).all()) else None
