@@ -11,6 +11,7 @@ from stillroom.evaluation.figures import ReloadCheck
 from stillroom.models import load_tokenizer
 from stillroom.quantization.accounting import require_perplexity, summarise
 from stillroom.quantization.formats.export import check_folder, save_quantized
+from stillroom.quantization.formats.gguf_export import export_gguf, require_gguf
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sequential import quantize_model
 from stillroom.quantization.weight import LayerAccount
@@ -24,6 +25,8 @@ def work(bench: Bench) -> Result:
     """Write a GPTQ checkpoint, and layers.json with the account of each layer."""
     section = bench.section
     options = QuantizationOptions(**{k: v for k, v in section.items() if k in OPTIONS})
+    if section["gguf"]:
+        require_gguf(bench.inputs["base"], options.group_size)
     rows = load_prepared(bench.inputs["data"]).calibration
     do = _with_gptqmodel if section["engine"] == "gptqmodel" else _with_stillroom
     accounts, reload, metrics = do(bench, rows, options)
@@ -99,8 +102,6 @@ def _mixed_bits(
 
 
 def _write_gguf(bench: Bench) -> dict[str, float]:
-    from stillroom.quantization.formats.gguf_export import export_gguf
-
     report = export_gguf(bench.output, bench.output / "model.gguf")
     return {"gguf_largest_weight_error": report.largest_weight_error}
 

@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from stillroom.errors import MismatchError, SourceError
+from stillroom.errors import MismatchError, RecipeError, SourceError
 from stillroom.llama_engine import GGUF_FILE
+from stillroom.quantization.formats.gguf_architectures import find_architecture
 from stillroom.quantization.formats.gguf_blocks import (
+    BLOCK,
     AsymmetricType,
     BlockType,
     choose_type,
@@ -26,10 +28,10 @@ from stillroom.quantization.formats.gguf_tensors import (
     open_reordered,
     plain_type,
 )
-from stillroom.quantization.formats.gguf_vocabulary import write_vocabulary
+from stillroom.quantization.formats.gguf_vocabulary import find_vocabulary, write_vocabulary
 from stillroom.quantization.weight import QuantizedWeight
 
-__all__ = ["GGUF_FILE", "GgufReport", "export_gguf"]
+__all__ = ["GGUF_FILE", "GgufReport", "export_gguf", "require_gguf"]
 VocabularyMode = Literal["full", "none"]
 logger = logging.getLogger(__name__)
 
@@ -87,6 +89,27 @@ def export_gguf(
     report = compare_gguf(folder, target)
     logger.info("%s: %s", target, report)
     return report
+
+
+def require_gguf(folder: Path, group_size: int) -> None:
+    """Make sure, before any work, that the model in `folder` will have a GGUF when quantized.
+
+    Raises:
+        SourceError: gguf is not installed.
+        MismatchError: GGUF cannot hold the architecture or the tokenizer.
+        RecipeError: it cannot hold groups of this size.
+    """
+    from transformers import AutoConfig
+
+    _import_gguf()
+    if group_size != -1 and group_size % BLOCK:
+        raise RecipeError(
+            f"GGUF holds groups in multiples of {BLOCK}, group_size is {group_size}; use {BLOCK} "
+            f"or {2 * BLOCK}, or leave out quantization.gguf"
+        )
+    config = AutoConfig.from_pretrained(str(folder))
+    find_architecture(config)
+    find_vocabulary(folder, config.vocab_size)
 
 
 def _import_gguf() -> Any:

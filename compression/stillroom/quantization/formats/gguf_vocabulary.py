@@ -47,13 +47,7 @@ def write_vocabulary(writer: Any, folder: Path, size: int) -> None:
     Raises:
         MismatchError: llama.cpp has no counterpart of it.
     """
-    tokenizer = load_tokenizer(folder)
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise MismatchError(
-            f"expected a tokenizer with a tokenizer.json in {folder}; {type(tokenizer).__name__} "
-            f'came; export with vocabulary="none" and tokenize with transformers'
-        )
-    vocabulary = read_vocabulary(json.loads(tokenizer.backend_tokenizer.to_str()), size)
+    tokenizer, vocabulary = find_vocabulary(folder, size)
     writer.add_tokenizer_model(vocabulary.kind)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -73,6 +67,21 @@ def write_vocabulary(writer: Any, folder: Path, size: int) -> None:
     writer.add_add_eos_token(len(whole) > len(plain) and whole[-1] == tokenizer.eos_token_id)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def find_vocabulary(folder: Path, size: int) -> tuple[Any, Vocabulary]:
+    """Return the tokenizer in `folder` and its vocabulary, filled up to `size` tokens.
+
+    Raises:
+        MismatchError: llama.cpp has no counterpart of it.
+    """
+    tokenizer = load_tokenizer(folder)
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise MismatchError(
+            f"expected a tokenizer with a tokenizer.json in {folder}; {type(tokenizer).__name__} "
+            f'came; export with vocabulary="none" and tokenize with transformers'
+        )
+    return tokenizer, read_vocabulary(json.loads(tokenizer.backend_tokenizer.to_str()), size)
 
 
 def read_vocabulary(rules: Mapping[str, Any], size: int) -> Vocabulary:

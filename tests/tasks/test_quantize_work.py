@@ -1,0 +1,93 @@
+"""The stage that quantizes: what each part of the recipe's section leaves behind."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stillroom.checkpoint import NoCheckpoints
+from stillroom.config import Quantization
+from stillroom.errors import MismatchError, StageError
+from stillroom.models import load_model, save_model
+from stillroom.progress import silent
+from tasks.stages import QUANTIZE_MODEL, Order, as_json
+from tasks.work import quantize_model
+from tasks.work.bench import Bench
+from tests.stillroom.quantization.formats.gguf_models import byte_tokenizer
+from tests.stillroom.quantization.test_sequential import rows
+from tests.stillroom.tiny import tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture
+def quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    save_model(tiny_llama(hidden=64), tiny_tokenizer(), tmp_path / "base")
+    prepared = SimpleNamespace(calibration=rows(count=12))
+    monkeypatch.setattr(quantize_model, "load_prepared", lambda _: prepared)
+
+    def work(**section: Any) -> tuple[dict[str, float], Path]:
+        given = as_json(Quantization(group_size=32, **section))
+        order = Order(
+            title="quantize",
+            stage=QUANTIZE_MODEL,
+            section=given | {"task": "causal_lm", "device": "cpu"},
+            seed=0,
+        )
+        output = tmp_path / "output"
+        output.mkdir()
+        inputs = {"base": tmp_path / "base", "data": tmp_path}
+        records: Any = {"base": SimpleNamespace(licence="none")}
+        scratch = tmp_path / "scratch"
+        bench = Bench(order, inputs, records, scratch, output, NoCheckpoints(), silent)
+        return quantize_model.work(bench).metrics, output
+
+    return work
+
+
+def test_the_default_leaves_a_checkpoint_and_accounts(quantize: Any) -> None:
+    metrics, output = quantize()
+    assert metrics["fallback_layers"] == 0
+    assert metrics["reload_max_difference"] < 1e-5 * metrics["reload_max_logit"]
+    accounts = json.loads((output / "layers.json").read_text())
+    assert len(accounts) == metrics["quantized_layers"] == 14
+    assert {"held_out_error", "babai_bound", "damping", "clipped", "block"} <= accounts[0].keys()
+    load_model(output)
+
+
+def test_mixed_bits_and_packed_embeddings_are_written(quantize: Any) -> None:
+    mixed = {"max_bytes": 40_000, "bits": (2, 4, 8), "measured_tokens": 32}
+    metrics, output = quantize(mixed=mixed, embedding_bits=8)
+    assert metrics["mixed_size_bytes"] <= 40_000
+    bits = {account["bits"] for account in json.loads((output / "layers.json").read_text())}
+    assert len(bits) > 1
+    section = json.loads((output / "config.json").read_text())["quantization_config"]
+    assert section["dynamic"]
+    load_model(output)
+
+
+def test_a_perplexity_beyond_the_bound_fails_and_names_the_worst_layer(quantize: Any) -> None:
+    with pytest.raises(StageError, match=r"model\.layers\.\d\..*_proj, .* % of its output"):
+        quantize(bits=2, max_perplexity_ratio=1.0001)
+
+
+def test_a_perplexity_within_the_bound_is_a_metric(quantize: Any) -> None:
+    metrics, _ = quantize(bits=8, max_perplexity_ratio=1.5)
+    assert 0.5 < metrics["calibration_perplexity_ratio"] < 1.5
+
+
+def test_what_gguf_cannot_hold_is_refused_before_any_work(
+    quantize: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(quantize_model, "quantize_model", lambda *_, **__: pytest.fail("worked"))
+    with pytest.raises(MismatchError, match="BPE tokenizer"):
+        quantize(gguf=True)
+
+
+def test_a_gguf_is_written_beside_the_checkpoint(quantize: Any, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    save_model(tiny_llama(hidden=64, vocab=300), byte_tokenizer(), tmp_path / "base")
+    metrics, output = quantize(gguf=True)
+    assert (output / "model.gguf").stat().st_size > 0
+    assert metrics["gguf_largest_weight_error"] < 0.05
