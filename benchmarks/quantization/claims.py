@@ -40,12 +40,24 @@ def at_least(claim: str, bound: float, measured: float, error: float | None = No
 
 
 def quality_claims(rows: Rows) -> list[Claim]:
-    """Return the claims on KL, for each setting and peer that was measured beside ours."""
+    """Return the claims on KL, for each setting and peer that was measured beside ours.
+
+    A peer that ran on all blocks is compared on those, one that did not on the first few.
+    """
     tables = _tables(rows)
+    deepest: dict[tuple[str, tuple[Any, ...]], int] = {}
+    for name, (*grid, blocks) in tables:
+        if ("stillroom-default", (*grid, blocks)) in tables:
+            key = (name, tuple(grid))
+            deepest[key] = max(blocks, deepest.get(key, 0))
     claims: list[Claim] = []
     for setting in dict.fromkeys(setting for _, setting in tables):
         ours = tables.get(("stillroom-default", setting))
-        peers = {name: each for (name, at), each in tables.items() if at == setting}
+        peers = {
+            name: each
+            for (name, at), each in tables.items()
+            if at == setting and deepest.get((name, setting[:-1])) == setting[-1]
+        }
         peers.pop("stillroom-default", None)
         if ours is None:
             continue
