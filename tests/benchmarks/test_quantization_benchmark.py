@@ -1,5 +1,6 @@
 """The parts of benchmarks/quantization that a wrong sign or factor would spoil silently."""
 
+import json
 import math
 import random
 from pathlib import Path
@@ -15,9 +16,12 @@ from benchmarks.quantization.comparison import paired_difference, paired_ratio
 from benchmarks.quantization.evaluate import Evaluator
 from benchmarks.quantization.floor import SMOLLM2, BlockShape, floor_flops
 from benchmarks.quantization.measures import linear_share
+from benchmarks.quantization.places import ROOT
 from benchmarks.quantization.rescaling import rescale_channels
+from benchmarks.quantization.results import PAGE, RESULTS
 from benchmarks.quantization.rows import payload_bytes
 from benchmarks.quantization.sst2 import clustered_loss, split_by_sentence
+from benchmarks.quantization.summary import summarise
 from benchmarks.quantization.work import Rows
 
 
@@ -186,3 +190,17 @@ def test_clustered_loss_of_one_phrase_in_each_sentence_is_the_plain_error() -> N
     found = clustered_loss(before, after, [0, 1, 2, 3])
     assert found.value == 50.0
     assert found.standard_error == pytest.approx(100 * math.sqrt(1 / 3 / 4))
+
+
+def test_the_readme_and_the_page_say_what_results_json_says():
+    results = json.loads(RESULTS.read_text())
+    assert PAGE.read_text() == summarise(results)
+    readme = (ROOT / "README.md").read_text()
+    shown = [
+        row
+        for row in results["rows"]
+        if row["blocks"] == 30 and row["symmetric"] and row["group_size"] == 64
+    ]
+    assert len(shown) >= 6
+    for row in shown:
+        assert f"{row['kl']:.4f}" in readme, row["name"]
