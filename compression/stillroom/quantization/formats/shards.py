@@ -13,7 +13,7 @@ from torch import Tensor
 from stillroom.errors import SourceError
 from stillroom.quantization.formats.folder import INDEX
 
-SHARD_BYTES = 128 * 2**20
+SHARD_BYTES = 32 * 2**20
 WEIGHTS = "model.safetensors"
 # What other quantizers write beside config.json; after a conversion it would contradict it.
 STALE = ("quantize_config.json", "quant_config.json", "quant_log.csv")
