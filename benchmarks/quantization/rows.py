@@ -103,6 +103,7 @@ def _environment(cell: Cell) -> dict[str, str]:
         **os.environ,
         **(AVX2 if cell.instructions == "avx2" else {}),
         "PYTHONPATH": str(ROOT / "compression"),
+        "GOMP_SPINCOUNT": "10000",  # as the pipeline's stages have it; here it serves all libraries
         "GPTQMODEL_CPU_WORKERS": workers,
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",

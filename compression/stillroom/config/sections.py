@@ -200,6 +200,9 @@ class Quantization(Section):
     """Let each layer make good what the layers before it lost, as far as held-out rows gain."""
     bias_correction: bool = True
     """Let biases take up the mean of what rounding loses."""
+    matmul_precision: Literal["highest", "high", "medium"] = "medium"
+    """torch's name for how the calibration rows are multiplied: medium uses bfloat16 products
+    where the processor has them, high TF32 on a GPU; what is written is computed in float32."""
     embedding_bits: Literal[8] | None = None
     """Bits of embeddings and head; absent: as they are. Other libraries than this one and llama.cpp
     do not read GPTQ checkpoints with packed embeddings."""

@@ -91,7 +91,7 @@ def solve(
     What the rounding of column i adds to the output is made good in the columns after it
     (algorithm 1 of the paper), with H⁻¹ = Uᵀ U in the given order of columns:
 
-        E_i = (W_i - quant(W_i)) / U_ii,   W_j -= E_i U_ij for j > i
+        E_i = W_i - quant(W_i),   W_j -= E_i U_ij / U_ii for j > i
 
     Columns up to `block_size` ahead are corrected at once, the others when the block is done.
     Versions are other targets or other dampings of the same layer, solved side by side.
@@ -126,16 +126,18 @@ def solve(
                 scales.append(found.scale[:, 0])
                 zeros.append(found.zero[:, 0])
         index = [place[i] // group for i in range(start, end)]
+        # Each row over its diagonal, (versions, block, columns from the block on).
+        V = U[:, start:end, start:] / U[:, start:end, start:].diagonal(dim1=1, dim2=2)[..., None]
         with one_thread():
             block = _round_block(
                 T[:, start:end],
-                U[:, start:end, start:end],
+                V[..., : end - start],
                 [(scales[g], zeros[g]) for g in index],
                 2**options.bits - 1,
             )
         Q[:, start:end] = block.integers
         clipped += block.clipped
-        T[:, end:].baddbmm_(U[:, start:end, end:].mT, block.errors, alpha=-1)
+        T[:, end:].baddbmm_(V[..., end - start :].mT, block.errors, alpha=-1)
         start = end
     integers = torch.empty_like(Q)
     integers[:, order] = Q
@@ -150,29 +152,30 @@ class _Block:
     clipped: Tensor  # (versions, out)
 
 
-def _round_block(T: Tensor, U: Tensor, grids: list[tuple[Tensor, Tensor]], top: int) -> _Block:
+def _round_block(T: Tensor, V: Tensor, grids: list[tuple[Tensor, Tensor]], top: int) -> _Block:
     """Round the columns T, (versions, block, out), that all columns before them have corrected.
 
-    A column is corrected when it is reached, for those before it in its run of `RUN`; the columns
-    after a run are corrected when it is done. So most of the work is a product of matrices.
+    V holds U_ij / U_ii. A column is corrected when it is reached, for those before it in its run
+    of `RUN`; the columns after a run are corrected when it is done. So most of the work is a
+    product of matrices.
     """
     columns = T.shape[1]
+    scales = torch.stack([scale for scale, _ in grids])  # (block, out)
+    zeros = torch.stack([zero for _, zero in grids])
+    lowest, highest = -zeros, top - zeros
     E = torch.empty_like(T)
     positions, Q = torch.empty_like(E), torch.empty_like(E)
     for start in range(0, columns, RUN):
         end = min(start + RUN, columns)
         for i in range(start, end):
-            scale, zero = grids[i]  # (out,)
             w = T[:, i]  # (versions, out)
             if i > start:
-                w = torch.baddbmm(w[:, None], U[:, None, start:i, i], E[:, start:i], alpha=-1)[:, 0]
-            position = torch.div(w, scale, out=positions[:, i])
-            q = torch.round(position, out=Q[:, i]).add_(zero).clamp_(0, top)
-            e = torch.sub(q, zero, out=E[:, i]).mul_(scale).sub_(w)
-            e.div_(-U[:, i, i, None])
-        T[:, end:].baddbmm_(U[:, start:end, end:].mT, E[:, start:end], alpha=-1)
-    positions += torch.stack([zero for _, zero in grids])
-    return _Block(Q, E, beyond(positions, top).sum(1))
+                w = torch.baddbmm(w[:, None], V[:, None, start:i, i], E[:, start:i], alpha=-1)[:, 0]
+            q = torch.round(torch.div(w, scales[i], out=positions[:, i]), out=Q[:, i])
+            torch.clamp(q, lowest[i], highest[i], out=q)
+            torch.addcmul(w, q, scales[i], value=-1, out=E[:, i])
+        T[:, end:].baddbmm_(V[:, start:end, end:].mT, E[:, start:end], alpha=-1)
+    return _Block(Q.add_(zeros), E, beyond(positions.add_(zeros), top).sum(1))
 
 
 def _grid_of_group(

@@ -12,6 +12,8 @@ SMALLEST_RETRY = 1e-6  # of the damping
 # Columns of one product of the symmetric update: small enough to save nearly half the work, large
 # enough that each product runs at full speed.
 PANEL = 256
+# Up to this condition number a matrix is inverted in float32.
+LARGEST_CONDITION = 1e6
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,9 @@ def damp(H: Tensor, damping: float) -> Tensor:
 def inverse_cholesky(H: Tensor, damping: float) -> InverseFactor:
     """Return the upper Cholesky factor of the damped inverse of H, (in, in).
 
-    Computed in float64 from one factorisation: with R upper and H = R Rᵀ, H⁻¹ = R⁻ᵀ R⁻¹. Where
-    the damped H is not positive definite, the damping grows tenfold until it is; what was used
-    is returned.
+    Computed from one factorisation: with R upper and H = R Rᵀ, H⁻¹ = R⁻ᵀ R⁻¹; in float32 where
+    the damping leaves it enough digits, else in float64. Where the damped H is not positive
+    definite, the damping grows tenfold until it is; what was used is returned.
 
     Raises:
         NotFiniteError: H holds a NaN or an infinity.
@@ -146,9 +148,15 @@ def inverse_cholesky(H: Tensor, damping: float) -> InverseFactor:
         raise NotFiniteError("the Hessian holds a NaN or an infinity")
     last = used = damping
     for _ in range(RETRIES):
-        upper = _inverse_upper(damp(H, used))
+        damped = damp(H, used)
+        # The largest eigenvalue is at most the trace, the smallest at least the damping.
+        if used * LARGEST_CONDITION >= len(H):
+            upper = _inverse_upper(damped)
+            if upper is not None:
+                return InverseFactor(upper, used)
+        upper = _inverse_upper(damped.double())
         if upper is not None:
-            return InverseFactor(upper, used)
+            return InverseFactor(upper.float(), used)
         last, used = used, max(10 * used, SMALLEST_RETRY)
     raise NotPositiveDefiniteError(
         f"the Hessian is not positive definite with damping {last:g}; "
@@ -157,16 +165,32 @@ def inverse_cholesky(H: Tensor, damping: float) -> InverseFactor:
 
 
 def _inverse_upper(H: Tensor) -> Tensor | None:
-    """Return U in float32 with H⁻¹ = Uᵀ U, or nothing where H is not positive definite.
+    """Return U with H⁻¹ = Uᵀ U, in H's dtype, or nothing where H is not positive definite.
 
-    Each step lets go of what came before: in float64 these are the largest matrices of all.
+    Each step lets go of what came before: these are the largest matrices of all.
     """
     # Flipping both axes turns the lower factor of the flipped matrix into the upper one of H.
-    lower, failed = torch.linalg.cholesky_ex(H.double().flip(0, 1))
+    lower, failed = torch.linalg.cholesky_ex(H.flip(0, 1))
     if int(failed):
         return None
     R = lower.flip(0, 1)
     del lower
-    inverse = torch.eye(H.shape[0], dtype=R.dtype, device=R.device)
-    torch.linalg.solve_triangular(R, inverse, upper=True, out=inverse)
-    return inverse.float() if bool(torch.isfinite(inverse).all()) else None
+    inverse = torch.zeros_like(R)
+    _invert_upper(R, inverse)
+    return inverse if bool(torch.isfinite(inverse).all()) else None
+
+
+def _invert_upper(R: Tensor, out: Tensor) -> None:
+    """Write the inverse of R, upper triangular, into `out`, which is zero.
+
+    By halves, ((A, B), (0, C))⁻¹ = ((A⁻¹, -A⁻¹ B C⁻¹), (0, C⁻¹)): nearly all of it is products.
+    """
+    size = len(R)
+    if size <= PANEL:
+        eye = torch.eye(size, dtype=R.dtype, device=R.device)
+        out.copy_(torch.linalg.solve_triangular(R, eye, upper=True))
+        return
+    half = size // 2
+    _invert_upper(R[:half, :half], out[:half, :half])
+    _invert_upper(R[half:, half:], out[half:, half:])
+    out[:half, half:] = (out[:half, :half] @ R[:half, half:]).neg_() @ out[half:, half:]

@@ -49,19 +49,18 @@ class Problem:
         """Return the factor of the damped inverse Hessian, in `order`."""
         return inverse_cholesky(self.statistics.hessian[self.order][:, self.order], damping)
 
-    def target(self, factor: InverseFactor, alpha: float) -> Tensor:
-        """Return W + alpha W E[(x' - x) xᵀ] H⁻¹, (out, in): what makes good the earlier loss.
+    def correction(self, factor: InverseFactor) -> Tensor | None:
+        """Return W E[(x' - x) xᵀ] H⁻¹, (out, in): what makes good the loss of the layers before.
 
-        For alpha = 1 this is the weight that maps the inputs x of today best to the outputs W x'
-        of the full-precision model (GPTAQ, 2504.02692; QEP, 2504.09629).
+        W with it is the weight that maps the inputs x of today best to the outputs W x' of the
+        full-precision model (GPTAQ, 2504.02692; QEP, 2504.09629).
         """
         shift = self.statistics.shift
-        if shift is None or alpha == 0:
-            return self.W
-        back = (self.W @ shift)[:, self.order] @ factor.upper.T @ factor.upper
-        target = torch.empty_like(self.W)
-        target[:, self.order] = back
-        return target.mul_(alpha).add_(self.W)
+        if shift is None:
+            return None
+        found = torch.empty_like(self.W)
+        found[:, self.order] = (self.W @ shift)[:, self.order] @ factor.upper.T @ factor.upper
+        return found
 
 
 def quantize_together(
@@ -99,7 +98,8 @@ def quantize_together(
     choice = _choose(W, order, train, held_out, options)
     problem = Problem(W, whole, order)
     factor = problem.factor(choice.damping)
-    target = problem.target(factor, choice.alpha)
+    correction = problem.correction(factor) if choice.alpha else None
+    target = W if correction is None else torch.add(W, correction, alpha=choice.alpha)
     rounded = _round(target[None], factor.upper[None], problem, options)
     weight = rounded.weight(0)
     if choice.refined:
@@ -127,23 +127,24 @@ def _choose(
         return Choice(DEFAULT_DAMPING if options.damping is None else options.damping, 0.0, False)
     every = max(1, W.shape[0] // ROWS_TO_CHOOSE_ON)
     problem = Problem(W[::every].contiguous(), train, order)
+    measure = _Measure(problem.W, held_out)
     dampings = DAMPINGS if options.damping is None else (options.damping,)
-    factor, weight, loss = _best_damping(problem, dampings, held_out, options)
-    alpha = 0.0
-    if options.cross_layer and train.shift is not None:
-        targets = torch.stack([problem.target(factor, other) for other in ALPHAS])
+    factor, weight, loss = _best_damping(problem, dampings, measure, options)
+    alpha, target = 0.0, problem.W
+    correction = problem.correction(factor) if options.cross_layer else None
+    if correction is not None:
+        targets = torch.stack([problem.W.add(correction, alpha=other) for other in ALPHAS])
         rounded = _round(targets, factor.upper[None], problem, options)
         for version, other in enumerate(ALPHAS):
             tried = rounded.weight(version)
-            lost = _loss(problem.W, tried, held_out)
+            lost = measure.loss(tried)
             if lost < loss:
-                alpha, weight, loss = other, tried, lost
+                alpha, target, weight, loss = other, targets[version], tried, lost
     refined = False
     if options.refinements:
-        H = damp(train.hessian, factor.damping)
-        target = problem.target(factor, alpha)
-        tried = refine(target, H, weight, options.refinements)
-        refined = _loss(problem.W, tried, held_out) < loss
+        # One round tells whether it helps.
+        tried = refine(target, damp(train.hessian, factor.damping), weight, 1)
+        refined = measure.loss(tried) < loss
         weight = tried if refined else weight
     errors = _row_errors(problem.W, weight, held_out.hessian)
     return Choice(factor.damping, alpha, refined, errors, every)
@@ -152,7 +153,7 @@ def _choose(
 def _best_damping(
     problem: Problem,
     dampings: Sequence[float],
-    held_out: Statistics,
+    measure: "_Measure",
     options: QuantizationOptions,
 ) -> tuple[InverseFactor, QuantizedWeight, float]:
     """Return the factor that loses least on the held-out rows, its weight and the loss."""
@@ -166,7 +167,7 @@ def _best_damping(
         rounded = _round(problem.W[None], upper, problem, options)
         for version, factor in enumerate(factors):
             weight = rounded.weight(version)
-            loss = _loss(problem.W, weight, held_out)
+            loss = measure.loss(weight)
             if best is None or loss < best[2]:
                 best = (factor, weight, loss)
     assert best is not None
@@ -183,13 +184,20 @@ def _round(W: Tensor, upper: Tensor, problem: Problem, options: QuantizationOpti
     return solve(W, upper.to(W.device), problem.order, grids, options, H.diagonal())
 
 
-def _loss(W: Tensor, weight: QuantizedWeight, statistics: Statistics) -> float:
-    """Return 2 E |W x' - Q x|² but for what does not depend on Q."""
-    D = W - weight.dequantize()
-    lost = (D @ statistics.hessian) * D
-    if statistics.shift is not None:
-        lost += 2 * (W @ statistics.shift) * D
-    return float(lost.sum(dtype=torch.float64))
+class _Measure:
+    """What rounding W, (out, in), loses on the rows of some statistics."""
+
+    def __init__(self, W: Tensor, statistics: Statistics) -> None:
+        self.W, self.H = W, statistics.hessian
+        self.shifted = None if statistics.shift is None else 2 * (W @ statistics.shift)
+
+    def loss(self, weight: QuantizedWeight) -> float:
+        """Return 2 E |W x' - Q x|² but for what does not depend on Q."""
+        D = self.W - weight.dequantize()
+        lost = D @ self.H
+        if self.shifted is not None:
+            lost += self.shifted
+        return float((lost * D).sum(dtype=torch.float64))
 
 
 def _corrected_bias(W: Tensor, weight: QuantizedWeight, bias: Tensor, seen: Statistics) -> Tensor:

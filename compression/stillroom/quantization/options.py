@@ -5,6 +5,7 @@ from typing import Literal
 
 from stillroom.errors import RecipeError
 from stillroom.quantization.packing import values_per_unit
+from stillroom.quantization.precision import MatmulPrecision
 
 Method = Literal["gptq", "obq", "rtn"]
 Bits = Literal[2, 3, 4, 8]
@@ -30,6 +31,7 @@ class QuantizationOptions:
     cross_layer: bool = True  # let a layer make good what the layers before it lost
     embedding_bits: Literal[8] | None = None  # of input embeddings and head; None: as they are
     bias_correction: bool = True  # let a bias take up the mean of what rounding loses
+    matmul_precision: MatmulPrecision = "medium"  # torch's, of the calibration rows' products
 
     def group_columns(self, in_features: int) -> int:
         """Return how many columns share a scale in a layer with so many inputs."""

@@ -37,35 +37,55 @@ def descend(W: Tensor, H: Tensor, weight: QuantizedWeight, block_size: int = 32)
 
         w'_j = q_j + [H (W - Q)ᵀ]_j / H_jj,   q_j = round(w'_j)
 
-    The residual H (W - Q)ᵀ is brought up to date for a column when it is reached, for all columns
-    when a block is done.
+    The residual H (W - Q)ᵀ is brought up to date for a column when it is reached, for those after
+    a block when it is done. A block ends where its group does.
     """
     columns = W.shape[1]
     group = weight.group_size
     scales = weight.scales.float().T.contiguous()  # (groups, out)
     zeros = weight.zeros.float().T.contiguous()
     integers = weight.integers.T.float().contiguous()  # (in, out)
-    values = weight.dequantize().T.contiguous()  # (in, out)
-    R = H @ (W.T - values)  # (in, out)
-    diagonal = H.diagonal().tolist()
+    R = H @ (W - weight.dequantize()).T  # (in, out)
+    diagonal = H.diagonal()
     top = 2**weight.bits - 1
-    for start in range(0, columns, block_size):
-        end = min(start + block_size, columns)
-        moved = torch.empty(end - start, W.shape[0], device=W.device)
-        with one_thread():
-            for j in range(start, end):
-                scale, zero = scales[j // group], zeros[j // group]  # (out,)
-                residual = R[j]
-                if j > start:
-                    residual = torch.addmv(residual, moved[: j - start].T, H[start:j, j])
-                target = torch.add(values[j], residual, alpha=1 / diagonal[j])
-                q = target.div_(scale).round_().add_(zero).clamp_(0, top)
-                integers[j] = q
-                torch.sub(values[j], q.sub_(zero).mul_(scale), out=moved[j - start])
-        R.addmm_(H[:, start:end], moved)
+    start = 0
+    while start < columns:
+        g = start // group
+        end = min(start + block_size, (g + 1) * group)
+        scale, zero = scales[g], zeros[g]  # (out,)
+        moved = _descend_block(
+            integers[start:end] - zero,
+            R[start:end] / diagonal[start:end, None] / scale,
+            H[start:end, start:end] / diagonal[start:end],
+            (-zero, top - zero),
+        )
+        integers[start:end] -= moved
+        R[end:].addmm_(H[end:, start:end], moved.mul_(scale))
+        start = end
     return QuantizedWeight(
         integers.T.to(torch.uint8).contiguous(), weight.scales, weight.zeros, weight.bits
     )
+
+
+def _descend_block(steps: Tensor, wish: Tensor, C: Tensor, bounds: tuple[Tensor, Tensor]) -> Tensor:
+    """Return by how many steps each column goes down, (block, out), one column after the other.
+
+    Args:
+        steps: (block, out), where the columns stand, in steps of the grid from zero.
+        wish: (block, out), by how many steps each would go up, if it were the only one to move.
+        C: (block, block), H_ij / H_jj.
+        bounds: the lowest and the highest step, (out,) each.
+    """
+    wish += steps
+    moved = torch.empty_like(steps)
+    with one_thread():
+        for j in range(len(steps)):
+            target = wish[j]
+            if j:
+                torch.addmv(target, moved[:j].T, C[:j, j], out=target)
+            torch.clamp(target.round_(), *bounds, out=target)
+            torch.sub(steps[j], target, out=moved[j])
+    return moved
 
 
 def refit_scales(

@@ -20,10 +20,17 @@ from stillroom.quantization.capture import BlockCaller, Place, Rows
 from stillroom.quantization.choices import Choices
 from stillroom.quantization.embeddings import round_embeddings
 from stillroom.quantization.inputs import Round, collect, plan_rounds, watch_inputs
+from stillroom.quantization.memory import return_free_memory
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.pieces import Pieces, QuantizedLayer, work_fingerprint
 from stillroom.quantization.solving import solve_group, write_layer
-from stillroom.quantization.streaming import Activations, Blocks, InMemory, Stream
+from stillroom.quantization.streaming import (
+    Activations,
+    Blocks,
+    InMemory,
+    Stream,
+    rows_to_check,
+)
 from stillroom.quantization.weight import LayerAccount, QuantizedWeight
 
 logger = logging.getLogger(__name__)
@@ -110,7 +117,7 @@ def quantize_model(
     with caller.entered(), TemporaryDirectory() as scratch:
         run = _Run(caller, batches, held_out, choices, pieces, blocks or InMemory(), Path(scratch))
         run.all_blocks(progress)
-        rows, logits = run.now.logits(0)
+        rows, logits = run.check.batches[0], run.check.logits(0)
     _warn_of_fallbacks(list(pieces.accounts.values()))
     return QuantizationResult(pieces, skipped, tuple(stacks), options, rows, logits, embeddings)
 
@@ -124,7 +131,11 @@ def _passing_checkpoints() -> Checkpoints:
 
 
 class _Run:
-    """The calibration rows on their way through the quantized blocks and through the originals."""
+    """The calibration rows on their way through the quantized blocks and through the originals.
+
+    A few tokens go through the quantized blocks apart, in full precision, to compare with what is
+    written.
+    """
 
     def __init__(
         self,
@@ -138,32 +149,31 @@ class _Run:
     ) -> None:
         self.caller, self.held_out, self.choices = caller, held_out, choices
         self.pieces, self.blocks, self.scratch = pieces, blocks, scratch
-        (scratch / "now").mkdir()
-        self.now = Stream(caller, batches, scratch / "now")
+        precision = choices.options.matmul_precision
+        self.now = Stream(caller, batches, scratch / "now", precision)
+        self.check = Stream(caller, [rows_to_check(caller.model, batches[0])], scratch / "check")
         self.original: Stream | None = None
         if choices.options.cross_layer and choices.options.method == "gptq" and held_out:
-            (scratch / "original").mkdir()
-            self.original = Stream(caller, batches, scratch / "original")
+            self.original = Stream(caller, batches, scratch / "original", precision)
         self._plans: dict[tuple[str, ...], tuple[Round, ...]] = {}
 
     def all_blocks(self, progress: Progress) -> None:
         """Quantize every block of every stack."""
         total = sum(len(stack) for stack in self.caller.stacks.values())
         done = 0
+        streams = [each for each in (self.now, self.original, self.check) if each]
         for _ in self.caller.stacks:
-            stack = self.now.enter()
-            if self.original:
-                self.original.enter()
+            (stack, *_) = [stream.enter() for stream in streams]
             for index, block in enumerate(self.caller.stacks[stack]):
                 prefix = f"{stack}.{index}"
                 self.blocks.load(prefix)
                 self._block(Place(stack, index), prefix, self.choices.weights(prefix, block))
                 self.blocks.release(prefix)
+                return_free_memory()
                 done += 1
                 progress(done, total, "blocks", prefix)
-            for stream in (self.now, self.original):
-                if stream:
-                    stream.leave(stack)
+            for stream in streams:
+                stream.leave(stack)
 
     def _block(self, place: Place, prefix: str, weights: dict[str, LinearWeight]) -> None:
         """Quantize a block, or take it as it was kept, and let every batch go through it."""
@@ -175,6 +185,7 @@ class _Run:
         else:
             solved = self._solved(place, weights)
             self.pieces.save(prefix, {name: solved[name] for name in weights})
+        self.check.advance(place)
         for largest in self.now.advance(place):
             if not bool(torch.isfinite(largest)):
                 raise NotFiniteError(

@@ -15,6 +15,7 @@ from stillroom.errors import CorruptedError
 from stillroom.models import Task, model_class, quiet, read_config, saved_dtype
 from stillroom.quantization.capture import BlockCaller, Place, Rows
 from stillroom.quantization.formats.folder import QuantizedFolder, TensorFiles, open_quantized
+from stillroom.quantization.precision import MatmulPrecision, matmul_precision
 
 Side = tuple[Any, ...] | None
 LOGITS_AT_ONCE = 1 << 24
@@ -210,10 +211,18 @@ class Activations:
 class Stream:
     """All batches on their way through the blocks, with the hidden states of each on disk."""
 
-    def __init__(self, caller: BlockCaller, batches: list[Rows], folder: Path) -> None:
+    def __init__(
+        self,
+        caller: BlockCaller,
+        batches: list[Rows],
+        folder: Path,
+        precision: MatmulPrecision = "highest",
+    ) -> None:
         self.caller = caller
         self.batches = batches
+        self.precision = precision
         self.device = batches[0].ids.device
+        folder.mkdir(exist_ok=True)
         self.hidden = {name: Activations(folder / name.replace(".", "-")) for name in caller.stacks}
         self.sides: list[dict[str, Side]] = [{} for _ in batches]
         self._finished: list[str] = []
@@ -228,9 +237,10 @@ class Stream:
     def run(self, place: Place, b: int) -> Tensor:
         """Return what the block makes of batch `b`, (rows, length, hidden), and leave it there."""
         hidden = self.hidden[place.stack].read(b, self.device)
-        output, side = self.caller.call(
-            place, hidden, self.batches[b], self._left(b), self.sides[b]
-        )
+        with matmul_precision(self.precision):
+            output, side = self.caller.call(
+                place, hidden, self.batches[b], self._left(b), self.sides[b]
+            )
         self.sides[b].setdefault(place.stack, side)
         return output
 
@@ -247,20 +257,9 @@ class Stream:
         """Say that all blocks of `stack` are done."""
         self._finished.append(stack)
 
-    def logits(self, b: int) -> tuple[Rows, Tensor]:
-        """Return the first tokens of batch `b` and the model's logits; all stacks must be left.
-
-        They are as many as there is room for 2^24 logits, at least a row of one token.
-        """
-        rows = self.batches[b]
-        config: Any = self.caller.model.config
-        if hasattr(config, "vocab_size") and not config.is_encoder_decoder:
-            length = min(rows.ids.shape[1], max(1, LOGITS_AT_ONCE // config.vocab_size))
-            count = max(1, LOGITS_AT_ONCE // config.vocab_size // length)
-            rows = Rows(rows.ids[:count, :length], rows.mask[:count, :length])
-        count, length = rows.ids.shape
-        left = {name: hidden[:count, :length] for name, hidden in self._left(b).items()}
-        return rows, self.caller.finish(rows, left, self.sides[b])
+    def logits(self, b: int) -> Tensor:
+        """Return the model's logits for batch `b`; all stacks must be left."""
+        return self.caller.finish(self.batches[b], self._left(b), self.sides[b])
 
     def _left(self, b: int) -> dict[str, Tensor]:
         return {name: self.hidden[name].read(b, self.device) for name in self._finished}
@@ -280,4 +279,17 @@ def streamed_logits(model: PreTrainedModel, blocks: Blocks, rows: Rows) -> Tenso
                 stream.advance(Place(stack, index))
                 blocks.release(prefix)
             stream.leave(stack)
-        return stream.logits(0)[1]
+        return stream.logits(0)
+
+
+def rows_to_check(model: Any, rows: Rows) -> Rows:
+    """Return the first tokens of some rows: as many as there is room for 2^24 logits, at least one.
+
+    Of an encoder-decoder, and where logits are few, they are all.
+    """
+    config = model.config
+    if not hasattr(config, "vocab_size") or config.is_encoder_decoder:
+        return rows
+    length = min(rows.ids.shape[1], max(1, LOGITS_AT_ONCE // config.vocab_size))
+    count = max(1, LOGITS_AT_ONCE // config.vocab_size // length)
+    return Rows(rows.ids[:count, :length], rows.mask[:count, :length])

@@ -109,3 +109,15 @@ def test_centred_statistics_are_those_of_inputs_less_their_mean():
     centred, expected = statistics[0].centred(), statistics[1]
     assert torch.allclose(centred.hessian, expected.hessian, rtol=1e-3, atol=1e-3)
     assert torch.allclose(centred.shift, expected.shift, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("damping", [0.01, 1e-4])
+def test_the_factor_holds_in_float32_where_the_damping_lets_it(damping):
+    # Wider than a panel, and all but singular: eight directions hold nearly everything.
+    X = _inputs(40, 8) @ _inputs(8, 700, seed=1) + 1e-3 * _inputs(40, 700, seed=2)
+    H = 2 * X.T @ X / len(X)
+    upper = inverse_cholesky(H, damping).upper
+    exact = torch.linalg.inv(damp(H, damping).double())
+    found = upper.double().T @ upper.double()
+    assert torch.equal(upper, upper.triu())
+    assert (found - exact).norm() < 1e-3 * exact.norm()

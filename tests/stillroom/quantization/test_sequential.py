@@ -147,6 +147,16 @@ def test_checkpoints_of_other_work_are_refused(tmp_path):
         quantize_model(tiny_llama(), rows(count=5), OPTIONS, checkpoints=kept)
 
 
+def test_logits_to_compare_are_exact_however_the_calibration_rows_are_multiplied():
+    model, data = tiny_llama(), rows(padded=False)
+    before = torch.get_float32_matmul_precision()
+    result = quantize_model(model, data, replace(OPTIONS, matmul_precision="medium"))
+    assert torch.get_float32_matmul_precision() == before == "highest"
+    with torch.no_grad():
+        exact = model(input_ids=result.rows.ids, attention_mask=result.rows.mask).logits
+    assert (result.logits - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
 def test_skipped_layers_keep_their_weights():
     model, before = tiny_llama(), tiny_llama().state_dict()
     result = quantize_model(model, rows(), OPTIONS, skip=("*.mlp.down_proj",))
