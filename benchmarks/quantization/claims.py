@@ -87,10 +87,9 @@ def speed_claims(rows: Rows, floor: float) -> list[Claim]:
             if theirs and default:
                 text = f"the default takes fewer CPU seconds than {peer}{words}"
                 claims.append(at_most(text, 1.0, default / theirs))
-    plain = seconds.get(("stillroom-plain", "native"))
-    if plain:
-        text = "plain GPTQ takes at most 1.5 times the floor's CPU seconds"
-        claims.append(at_most(text, 1.5, plain / floor))
+        if plain:
+            text = f"plain GPTQ takes at most 1.5 times the fp32 floor's CPU seconds{words}"
+            claims.append(at_most(text, 1.5, plain / floor))
     return claims
 
 

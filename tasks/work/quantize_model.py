@@ -92,6 +92,7 @@ def _mixed_bits(
         offers,
         mixed["max_bytes"],
         tokens=mixed["measured_tokens"],
+        checkpoints=bench.checkpoints,
         progress=bench.progress,
     )
     return layers, {

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,18 @@ PRODUCTS: dict[Any, tuple[int, int]] = {
 
 class Stop(Exception):
     """It ends a forward pass that has shown enough."""
+
+
+class CalibrationRows(Protocol):
+    """Tokenised rows, (rows, length) int64 each; the mask is 1 at real tokens."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Return the token ids."""
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """Return the mask."""
 
 
 @dataclass(frozen=True)

@@ -4,30 +4,19 @@ import inspect
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stillroom.blocks import find_blocks
 from stillroom.errors import DataError
-
-
-class Rows(Protocol):
-    """Tokenised rows, (rows, length) int64 each; the mask is 1 at real tokens."""
-
-    @property
-    def input_ids(self) -> Tensor:
-        """Return the token ids."""
-
-    @property
-    def attention_mask(self) -> Tensor:
-        """Return the mask."""
+from stillroom.quantization.capture import CalibrationRows
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows that are run together, and the positions whose logits are looked at."""
+    """CalibrationRows that are run together, and the positions whose logits are looked at."""
 
     ids: Tensor  # (rows, length)
     mask: Tensor  # (rows, length)
@@ -36,7 +25,7 @@ class _Part:
 
 
 def kl_measure(
-    model: nn.Module, rows: Rows, *, tokens: int = 256, batch_size: int = 1
+    model: nn.Module, rows: CalibrationRows, *, tokens: int = 256, batch_size: int = 1
 ) -> Callable[[Collection[str]], float]:
     """Return a measure of the KL divergence, in nats per token, from the model as it is now.
 
@@ -120,7 +109,9 @@ def _passed_by(blocks: nn.ModuleList, outputs: list[Any]) -> Iterator[None]:
             block.__dict__.pop("forward", None)
 
 
-def _parts(rows: Rows, tokens: int, batch_size: int, device: torch.device) -> list[_Part]:
+def _parts(
+    rows: CalibrationRows, tokens: int, batch_size: int, device: torch.device
+) -> list[_Part]:
     mask = rows.attention_mask.bool()
     if not int(mask.sum()):
         raise DataError(

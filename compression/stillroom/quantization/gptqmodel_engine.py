@@ -5,7 +5,6 @@ what goes beyond that in our options (searched damping, refinement, the cross-la
 correction, the weighted grid) it does not have. It takes the whole model into memory.
 """
 
-import logging
 from fnmatch import translate
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,16 +19,14 @@ from transformers import PreTrainedModel
 from stillroom.blocks import find_blocks
 from stillroom.errors import RecipeError
 from stillroom.models import load_model, read_config, saved_dtype
+from stillroom.quantization.capture import CalibrationRows
 from stillroom.quantization.formats.convert import task_of
 from stillroom.quantization.formats.folder import QuantizedFolder, open_quantized
 from stillroom.quantization.formats.shards import ShardWriter, new_folder, write_config
 from stillroom.quantization.losses import Loss, measure_losses
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.packing import CheckpointFormat, pack
-from stillroom.quantization.sequential import CalibrationRows
-from stillroom.quantization.weight import LayerAccount
-
-logger = logging.getLogger(__name__)
+from stillroom.quantization.weight import LayerAccount, warn_of_fallbacks
 
 MEASURED_ROWS = 16
 
@@ -76,7 +73,7 @@ def quantize_with_gptqmodel(
         losses = measure_losses(model, result, rows[:MEASURED_ROWS])
         accounts = [account_for(name, losses[name], log) for name in result.layers]
         _write(folder, model, result, options, accounts, output)
-    _warn_of_fallbacks(accounts)
+    warn_of_fallbacks(accounts)
     return accounts
 
 
@@ -199,15 +196,3 @@ def quantization_section(
             "damping": damping,
         },
     }
-
-
-def _warn_of_fallbacks(accounts: list[LayerAccount]) -> None:
-    names = [account.name for account in accounts if account.fell_back]
-    if names:
-        logger.warning(
-            "gptqmodel rounded %d of %d layers instead of GPTQ, first %s: the calibration rows "
-            "do not reach them, or their Hessian could not be inverted",
-            len(names),
-            len(accounts),
-            names[0],
-        )

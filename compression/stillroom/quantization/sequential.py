@@ -1,13 +1,12 @@
 """Quantize a model block by block, each behind the blocks already quantized."""
 
-import logging
 import shutil
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from stillroom.blocks import LinearWeight, find_stacks
 from stillroom.checkpoint import Checkpoints, FolderCheckpoints, NoCheckpoints
 from stillroom.errors import DataError, NotFiniteError
 from stillroom.progress import Progress, silent
-from stillroom.quantization.capture import BlockCaller, Place, Rows
+from stillroom.quantization.capture import BlockCaller, CalibrationRows, Place, Rows
 from stillroom.quantization.choices import Choices
 from stillroom.quantization.embeddings import round_embeddings
 from stillroom.quantization.inputs import Round, collect, plan_rounds, watch_inputs
@@ -31,24 +30,10 @@ from stillroom.quantization.streaming import (
     Stream,
     rows_to_check,
 )
-from stillroom.quantization.weight import LayerAccount, QuantizedWeight
-
-logger = logging.getLogger(__name__)
+from stillroom.quantization.weight import LayerAccount, QuantizedWeight, warn_of_fallbacks
 
 # Of the calibration rows, one in so many is kept apart to choose on, once there are so many.
 HELD_OUT_EVERY = 8
-
-
-class CalibrationRows(Protocol):
-    """Tokenised rows, (rows, length) int64 each; the mask is 1 at real tokens."""
-
-    @property
-    def input_ids(self) -> Tensor:
-        """Return the token ids."""
-
-    @property
-    def attention_mask(self) -> Tensor:
-        """Return the mask."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +103,7 @@ def quantize_model(
         run = _Run(caller, batches, held_out, choices, pieces, blocks or InMemory(), Path(scratch))
         run.all_blocks(progress)
         rows, logits = run.check.batches[0], run.check.logits(0)
-    _warn_of_fallbacks(list(pieces.accounts.values()))
+    warn_of_fallbacks(list(pieces.accounts.values()))
     return QuantizationResult(pieces, skipped, tuple(stacks), options, rows, logits, embeddings)
 
 
@@ -259,15 +244,3 @@ def _batches(
                 held_out.add(len(batches))
             batches.append(Rows(ids[part].to(device), mask[part].to(device)))
     return batches, held_out
-
-
-def _warn_of_fallbacks(accounts: list[LayerAccount]) -> None:
-    names = [account.name for account in accounts if account.fell_back]
-    if names:
-        logger.warning(
-            "%d of %d layers were rounded to nearest instead of what was asked for, first %s: the "
-            "calibration rows do not reach them, or their Hessian cannot be inverted",
-            len(names),
-            len(accounts),
-            names[0],
-        )

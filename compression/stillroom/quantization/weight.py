@@ -1,10 +1,14 @@
 """A linear layer's weight as integers, and what making it cost."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,3 +86,16 @@ def relative_output_error(W: Tensor, quantized: QuantizedWeight, H: Tensor) -> f
     energy = float(((W @ H) * W).sum(dtype=torch.float64))
     lost = float(((delta @ H) * delta).sum(dtype=torch.float64))
     return max(lost, 0.0) / energy if energy > 0 else 0.0
+
+
+def warn_of_fallbacks(accounts: Sequence[LayerAccount]) -> None:
+    """Say how many layers were rounded to nearest although more was asked for."""
+    names = [account.name for account in accounts if account.fell_back]
+    if names:
+        logger.warning(
+            "%d of %d layers were rounded to nearest instead of what was asked for, first %s: the "
+            "calibration rows do not reach them, or their Hessian cannot be inverted",
+            len(names),
+            len(accounts),
+            names[0],
+        )

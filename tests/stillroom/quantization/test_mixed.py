@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from stillroom.errors import RecipeError
+from stillroom.checkpoint import FolderCheckpoints
+from stillroom.errors import MismatchError, RecipeError
 from stillroom.models import load_model
 from stillroom.quantization.allocation import LayerChoice
 from stillroom.quantization.formats.export import save_quantized
@@ -53,6 +54,34 @@ def test_the_folder_keeps_the_budget_and_loses_less_than_the_fewest_bits(sizes, 
         float((logits(each, rows()) - reference).square().sum()) for each in (loaded, fewest)
     )
     assert lost < more
+
+
+def test_what_was_measured_before_a_crash_is_not_measured_again(sizes, tmp_path):
+    def stop_after_two(done, total, unit, note=""):
+        asked.append((done, total))
+        if done == 3:
+            raise KeyboardInterrupt  # the third group is measured, but not kept
+
+    asked: list[tuple[int, int]] = []
+    kept, budget = FolderCheckpoints(tmp_path), (sizes[2] + sizes[4]) // 2
+    model = tiny_llama(hidden=64)
+    expected = choose_bits(model, rows(), OPTIONS, OFFERS, budget)
+    with pytest.raises(KeyboardInterrupt):
+        choose_bits(
+            model, rows(), OPTIONS, OFFERS, budget, checkpoints=kept, progress=stop_after_two
+        )
+    _, whole = asked.pop()
+    asked.clear()
+    again = choose_bits(
+        model, rows(), OPTIONS, OFFERS, budget, checkpoints=kept,
+        progress=lambda done, total, unit, note="": asked.append((done, total)),
+    )  # fmt: skip
+    assert again == expected
+    assert asked[-1] == (whole - 2, whole - 2)
+    # Blocks are kept beside them.
+    quantize_model(model, rows(), OPTIONS, layer_options=again[0], checkpoints=kept)
+    with pytest.raises(MismatchError, match="costs-"):
+        choose_bits(model, rows(), OPTIONS, OFFERS[:2], budget, checkpoints=kept)
 
 
 def test_a_budget_below_the_smallest_names_the_smallest(sizes):
