@@ -196,6 +196,7 @@ class _Run:
             for name, layer in fresh.items():
                 write_layer(weights[name], layer)
             solved |= fresh
+            return_free_memory()
         for name in weights.keys() - solved.keys():
             solved |= solve_group((name,), weights, None, self.choices)
             write_layer(weights[name], solved[name])

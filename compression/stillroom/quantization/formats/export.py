@@ -13,6 +13,7 @@ from stillroom.blocks import weight_at
 from stillroom.evaluation.figures import ReloadCheck
 from stillroom.models import Task, quiet
 from stillroom.quantization.formats.shards import SHARD_BYTES, ShardWriter
+from stillroom.quantization.memory import return_free_memory
 from stillroom.quantization.packing import pack
 from stillroom.quantization.sequential import QuantizationResult
 from stillroom.quantization.streaming import Blocks, InMemory, open_streamed, streamed_logits
@@ -130,6 +131,7 @@ def _tensors(
             blocks.load(prefix)
             yield from _block_tensors(model, result, prefix)
             blocks.release(prefix)
+            return_free_memory()
 
 
 def _block_tensors(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stillroom.errors import SourceError
 from stillroom.quantization.formats.folder import INDEX
+from stillroom.quantization.memory import return_free_memory
 
 SHARD_BYTES = 32 * 2**20
 WEIGHTS = "model.safetensors"
@@ -65,6 +66,7 @@ class ShardWriter:
         self._shards.append(sorted(self._held))
         self._total_bytes += self._held_bytes
         self._held, self._held_bytes = {}, 0
+        return_free_memory()
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part-{number:05d}.safetensors"
