@@ -4,7 +4,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from stillroom.config import Recipe, dump_recipe, load_recipe, sections, validate
+from stillroom.config import Recipe, dump_recipe, load_recipe, quantization, sections, validate
 from stillroom.errors import RecipeError
 
 RECIPES = sorted(Path("deployments/recipes").glob("*.yaml"))
@@ -20,7 +20,7 @@ def test_every_recipe_loads_and_survives_a_round_trip(path: Path) -> None:
 def test_every_field_says_in_a_sentence_what_it_is() -> None:
     models = [
         value
-        for value in [*vars(sections).values(), Recipe]
+        for value in [*vars(sections).values(), *vars(quantization).values(), Recipe]
         if isinstance(value, type) and issubclass(value, BaseModel) and value is not BaseModel
     ]
     assert len(models) > 10

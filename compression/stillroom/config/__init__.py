@@ -1,6 +1,7 @@
 """What a recipe may say. `Recipe` is the whole; each stage has a section of its own."""
 
 from stillroom.config.loading import dump_recipe, load_recipe, validate
+from stillroom.config.quantization import Quantization
 from stillroom.config.recipe import Recipe
 from stillroom.config.sections import (
     Adapter,
@@ -12,7 +13,6 @@ from stillroom.config.sections import (
     Gates,
     Model,
     Publish,
-    Quantization,
     Section,
     Student,
     Text,

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from stillroom.config.quantization import Quantization
 from stillroom.config.sections import (
     Adapter,
     Data,
@@ -14,7 +15,6 @@ from stillroom.config.sections import (
     Identifier,
     Model,
     Publish,
-    Quantization,
     Section,
 )
 
