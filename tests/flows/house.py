@@ -124,11 +124,10 @@ def start(terminal: Terminal) -> House:
 
 def processes_of(home: Path) -> list[str]:
     """Return the command lines of all processes that run for a home."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("STILLROOM_HOME") == str(home):
-                found.append(" ".join(process.cmdline()))
-        except psutil.Error:  # ended, or not ours
-            continue
-    return found
+    # Of a process that is not ours there is nothing to see: None.
+    seen = [process.info for process in psutil.process_iter(["environ", "cmdline"])]
+    return [
+        " ".join(each["cmdline"] or ())
+        for each in seen
+        if (each["environ"] or {}).get("STILLROOM_HOME") == str(home)
+    ]
