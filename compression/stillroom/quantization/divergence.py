@@ -16,7 +16,7 @@ from stillroom.quantization.capture import CalibrationRows
 
 @dataclass(frozen=True)
 class _Part:
-    """CalibrationRows that are run together, and the positions whose logits are looked at."""
+    """Rows that are run together, and the positions whose logits are looked at."""
 
     ids: Tensor  # (rows, length)
     mask: Tensor  # (rows, length)

@@ -33,7 +33,8 @@ class Choice:
     damping: float
     alpha: float = 0.0  # share of the cross-layer term
     refined: bool = False
-    errors: Tensor | None = None  # (rows, 2): lost and whole energy on held-out rows of the text
+    # (rows, 2): lost and whole energy on held-out rows of the text, after one round if refined
+    errors: Tensor | None = None
     every: int = 1  # of which output rows these are: each `every`-th
 
 

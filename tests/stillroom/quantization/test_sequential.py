@@ -147,11 +147,19 @@ def test_checkpoints_of_other_work_are_refused(tmp_path):
         quantize_model(tiny_llama(), rows(count=5), OPTIONS, checkpoints=kept)
 
 
-def test_logits_to_compare_are_exact_however_the_calibration_rows_are_multiplied():
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_calibration_rows_are_multiplied_as_asked_and_logits_to_compare_exactly(precision):
     model, data = tiny_llama(), rows(padded=False)
-    before = torch.get_float32_matmul_precision()
-    result = quantize_model(model, data, replace(OPTIONS, matmul_precision="medium"))
-    assert torch.get_float32_matmul_precision() == before == "highest"
+    seen: list[str] = []
+    hook = model.model.layers[0].mlp.register_forward_pre_hook(
+        lambda *_: seen.append(torch.get_float32_matmul_precision())
+    )
+    result = quantize_model(model, data, replace(OPTIONS, matmul_precision=precision))
+    hook.remove()
+    # The rows to compare go through once, the calibration rows several times.
+    assert "highest" in seen
+    assert seen.count(precision) >= 2
+    assert torch.get_float32_matmul_precision() == "highest"
     with torch.no_grad():
         exact = model(input_ids=result.rows.ids, attention_mask=result.rows.mask).logits
     assert (result.logits - exact).abs().max() < 1e-5 * exact.abs().max()
