@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from statistics import correlation, median
 from typing import Any
 
 from benchmarks.quantization.cells import MAIN, SHORT, Cell
@@ -14,6 +15,7 @@ from benchmarks.quantization.rows import run_job
 from benchmarks.quantization.work import BLOCKS, CALIBRATION_ROWS
 
 KILLS = 10
+MEMORY_RUNS = 3
 
 
 def measure_path(name: str) -> Path:
@@ -48,18 +50,20 @@ def measure_growth() -> None:
 def measure_memory() -> None:
     """Take the default's peak on SmolLM2, and see that 4 times its blocks change nothing.
 
-    The latter by plain GPTQ on half of the rows, which goes through the same steps faster.
+    The latter by plain GPTQ on half of the rows, which goes through the same steps faster. Peaks
+    of the same run differ by a tenth: of the first the largest counts, of the others the median.
     """
-    whole = _run("default", BLOCKS)["peak_bytes"]
-    peaks = {
-        n: _run("plain", n, rows=CALIBRATION_ROWS // 2)["peak_bytes"] for n in (BLOCKS, 4 * BLOCKS)
-    }
+    whole = [_run("default", BLOCKS)["peak_bytes"] for _ in range(MEMORY_RUNS)]
+    peaks: dict[int, list[int]] = {BLOCKS: [], 4 * BLOCKS: []}
+    for _ in range(MEMORY_RUNS):
+        for n, found in peaks.items():
+            found.append(_run("plain", n, rows=CALIBRATION_ROWS // 2)["peak_bytes"])
     claims = [
-        at_most("peak memory for SmolLM2 including the runtime, in GB", 1.0, whole / 1e9),
+        at_most("peak memory for SmolLM2 including the runtime, in GB", 1.0, max(whole) / 1e9),
         at_most(
             f"peak memory at {4 * BLOCKS} blocks over that at {BLOCKS}",
             1.05,
-            peaks[4 * BLOCKS] / peaks[BLOCKS],
+            median(peaks[4 * BLOCKS]) / median(peaks[BLOCKS]),
         ),
     ]
     keep("memory", claims, peak_bytes=whole, plain_peak_bytes=peaks)
@@ -77,8 +81,6 @@ def measure_kills() -> None:
 
 def linear_share(points: dict[int, float]) -> float:
     """Return R² of the least-squares line through the points."""
-    from statistics import correlation
-
     return correlation(list(points), list(points.values())) ** 2
 
 

@@ -47,6 +47,9 @@ def main(job: dict) -> None:
     ids = load_file(job["tokens"])[f"calibration_{job['draw']}"]
     calibration = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
     chosen = VARIANTS[job["variant"]] | job.get("options", {})
+    if job["group_size"] == -1:
+        # Its default reorders groups, and is refused where there are none.
+        chosen["act_group_aware"] = False
     # Without a dtype it takes bfloat16 on a CPU, whatever the checkpoint holds.
     dtype = getattr(torch, chosen.pop("dtype", ""), "auto")
     chosen = {name: _built(name, value) for name, value in chosen.items()}
