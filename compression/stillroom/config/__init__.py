@@ -1,23 +1,21 @@
 """What a recipe may say. `Recipe` is the whole; each stage has a section of its own."""
 
+from stillroom.config.distillation import Cache, Distillation, Student
 from stillroom.config.loading import dump_recipe, load_recipe, validate
 from stillroom.config.quantization import Quantization
 from stillroom.config.recipe import Recipe
+from stillroom.config.section import Section
 from stillroom.config.sections import (
     Adapter,
-    Cache,
     Data,
-    Distillation,
     Evaluation,
     Execution,
     Gates,
     Model,
     Publish,
-    Section,
-    Student,
     Text,
-    Training,
 )
+from stillroom.config.training import Training
 
 __all__ = [
     "Adapter",

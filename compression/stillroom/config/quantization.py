@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from stillroom.config.sections import Count, Section
+from stillroom.config.section import Count, Section
 
 
 class MixedBits(Section):

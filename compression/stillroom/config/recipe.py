@@ -4,18 +4,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from stillroom.config.distillation import Distillation
 from stillroom.config.quantization import Quantization
+from stillroom.config.section import Identifier, Section
 from stillroom.config.sections import (
     Adapter,
     Data,
-    Distillation,
     Evaluation,
     Execution,
     Gates,
-    Identifier,
     Model,
     Publish,
-    Section,
 )
 
 Control = Literal["cross_entropy", "round_to_nearest"]

@@ -1,45 +1,14 @@
-"""The sections of a recipe: one frozen model a stage, each field with its range and unit."""
+"""The sections of a recipe: one frozen model a stage, each field with its range and unit.
+
+Training, distillation and quantization have a file each.
+"""
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
-Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """A part of the recipe: it cannot change, and it refuses keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Training(Section):
-    """How the one training loop runs."""
-
-    epochs: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """Passes over the training rows; ignored where steps is given."""
-    steps: Count | None = None
-    """Optimizer steps; absent: as many as the epochs need."""
-    batch_rows: Annotated[int, Field(ge=1, le=4096)] = 4
-    """Rows in one forward and backward pass."""
-    gradient_accumulation: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Passes added up to one optimizer step."""
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-4
-    """Highest learning rate of AdamW, reached after the warm-up."""
-    warmup_fraction: Fraction = 0.1
-    """Share of the steps in which the learning rate rises from zero."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up."""
-    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Decoupled weight decay of AdamW."""
-    max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are scaled down to this global norm."""
-    checkpoint_every_steps: Count = 100
-    """Optimizer steps between two checkpoints; a crash costs at most so many."""
-    evaluate_every_steps: Count = 50
-    """Optimizer steps between two measurements on held-out rows."""
+from stillroom.config.section import Count, Fraction, Identifier, Section
+from stillroom.config.training import Training
 
 
 class Model(Section):
@@ -111,53 +80,6 @@ class Data(Section):
     """Words in a row that count as evaluation text found in the training text."""
     on_leak: Literal["drop", "fail"] = "drop"
     """Drop the training texts that hold evaluation text, or stop."""
-
-
-class Student(Section):
-    """Which part of the teacher the student starts as."""
-
-    layers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] = 6
-    """How many of the teacher's layers, or exactly which, counted from 0."""
-    rule: Literal["every_other", "first_last", "even"] = "even"
-    """Which layers are taken where only their number is given."""
-
-
-class Cache(Section):
-    """What is kept of the teacher's outputs."""
-
-    kind: Literal["sampled", "top_k", "dense"] = "sampled"
-    """sampled: exact head and drawn tail, unbiased; top_k: biased; dense: everything, to audit."""
-    head: Annotated[int, Field(ge=0, le=256)] = 4
-    """Most likely tokens kept exactly at each position (with top_k: all that is kept)."""
-    draws: Annotated[int, Field(ge=0, le=255)] = 8
-    """Tokens drawn from the rest of the distribution at each position."""
-    rows_per_shard: Count = 16
-    """Rows in one shard; a crash costs at most one shard."""
-    batch_rows: Annotated[int, Field(ge=1, le=4096)] = 4
-    """Rows in one forward pass of the teacher."""
-
-
-class Distillation(Section):
-    """How the student learns from the cached teacher."""
-
-    student: Student = Student()
-    """Where the student starts."""
-    cache: Cache = Cache()
-    """What is kept of the teacher's outputs."""
-    temperature: Annotated[float, Field(ge=0.1, le=100)] = 1.0
-    """Both distributions are softened by it; the teacher's outputs are captured at it."""
-    soft_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the divergence from the teacher, scaled by temperature squared."""
-    hard_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the cross-entropy on the text or the labels."""
-    training: Training = Training()
-    """How the loop runs."""
-
-    @model_validator(mode="after")
-    def _some_weight(self) -> "Distillation":
-        if self.soft_weight + self.hard_weight <= 0:
-            raise ValueError("soft_weight and hard_weight are both 0: give one of them a weight")
-        return self
 
 
 class Adapter(Section):

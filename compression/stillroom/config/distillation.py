@@ -1,0 +1,55 @@
+"""The section of a recipe that says what the student is and how it learns from the teacher."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from stillroom.config.section import Count, Section
+from stillroom.config.training import Training
+
+
+class Student(Section):
+    """Which part of the teacher the student starts as."""
+
+    layers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] = 6
+    """How many of the teacher's layers, or exactly which, counted from 0."""
+    rule: Literal["every_other", "first_last", "even"] = "even"
+    """Which layers are taken where only their number is given."""
+
+
+class Cache(Section):
+    """What is kept of the teacher's outputs."""
+
+    kind: Literal["sampled", "top_k", "dense"] = "sampled"
+    """sampled: exact head and drawn tail, unbiased; top_k: biased; dense: everything, to audit."""
+    head: Annotated[int, Field(ge=0, le=256)] = 4
+    """Most likely tokens kept exactly at each position (with top_k: all that is kept)."""
+    draws: Annotated[int, Field(ge=0, le=255)] = 8
+    """Tokens drawn from the rest of the distribution at each position."""
+    rows_per_shard: Count = 16
+    """Rows in one shard; a crash costs at most one shard."""
+    batch_rows: Annotated[int, Field(ge=1, le=4096)] = 4
+    """Rows in one forward pass of the teacher."""
+
+
+class Distillation(Section):
+    """How the student learns from the cached teacher."""
+
+    student: Student = Student()
+    """Where the student starts."""
+    cache: Cache = Cache()
+    """What is kept of the teacher's outputs."""
+    temperature: Annotated[float, Field(ge=0.1, le=100)] = 1.0
+    """Both distributions are softened by it; the teacher's outputs are captured at it."""
+    soft_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the divergence from the teacher, scaled by temperature squared."""
+    hard_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the cross-entropy on the text or the labels."""
+    training: Training = Training()
+    """How the loop runs."""
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> "Distillation":
+        if self.soft_weight + self.hard_weight <= 0:
+            raise ValueError("soft_weight and hard_weight are both 0: give one of them a weight")
+        return self
