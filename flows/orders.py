@@ -80,7 +80,7 @@ class Orders(Generic[A]):
         self, title: str, distillation: Distillation, teacher: A, data: A, cache: A | None
     ) -> A:
         """Order a student; without `cache`, one that learns from the text alone."""
-        section = as_json(distillation, "cache", "training")
+        section = as_json(distillation, "cache", "preset", "training")
         section["training"] = as_json(distillation.training, *RHYTHM)
         inputs = {"teacher": teacher, "data": data} | ({"cache": cache} if cache else {})
         return self._order(DISTILL_STUDENT, title, section, inputs, rhythm(distillation.training))

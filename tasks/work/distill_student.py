@@ -22,6 +22,7 @@ def work(bench: Bench) -> Result:
         soft_weight=section["soft_weight"],
         hard_weight=section["hard_weight"],
         temperature=section["temperature"],
+        divergence=section["divergence"],
     )
     history = distill(
         student,

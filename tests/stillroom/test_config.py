@@ -4,7 +4,17 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from stillroom.config import Recipe, dump_recipe, load_recipe, quantization, sections, validate
+from stillroom.config import (
+    Distillation,
+    Recipe,
+    distillation,
+    dump_recipe,
+    load_recipe,
+    quantization,
+    sections,
+    training,
+    validate,
+)
 from stillroom.errors import RecipeError
 
 RECIPES = sorted(Path("deployments/recipes").glob("*.yaml"))
@@ -20,7 +30,8 @@ def test_every_recipe_loads_and_survives_a_round_trip(path: Path) -> None:
 def test_every_field_says_in_a_sentence_what_it_is() -> None:
     models = [
         value
-        for value in [*vars(sections).values(), *vars(quantization).values(), Recipe]
+        for module in (sections, training, distillation, quantization)
+        for value in [*vars(module).values(), Recipe]
         if isinstance(value, type) and issubclass(value, BaseModel) and value is not BaseModel
     ]
     assert len(models) > 10
@@ -38,6 +49,11 @@ def test_every_field_says_in_a_sentence_what_it_is() -> None:
         ("adapters.0.rank=0", "adapters.0.rank: Input should be greater than or equal to 1"),
         ("quantization.group_size=0", "0 is no group; use 32, 64, 128, or -1"),
         ("distillation.soft_weight=0", "soft_weight"),
+        (
+            "distillation.divergence=reverse_kl",
+            "needs distillation.cache.kind: dense, sampled came",
+        ),
+        ("distillation.preset=hintom", "distillation.preset: Input should be 'hinton'"),
         ("teacher.fine_tune={}", "teacher.fine_tune trains a classifier"),
         ("nonsense", "expected key=value"),
         ("adapters.7.rank=1", "expected 0 to 0, 7 came"),
@@ -59,6 +75,13 @@ def test_a_change_reaches_absent_sections_and_list_items() -> None:
     assert recipe.quantization.bits == 3
     assert recipe.gates.max_kl_nats == 2
     assert recipe.adapters[0].rank == 4
+
+
+def test_a_preset_gives_the_weights_that_the_recipe_leaves_open() -> None:
+    switch = Distillation(preset="switch")
+    assert (switch.soft_weight, switch.hard_weight, switch.temperature) == (0.25, 0.75, 1.0)
+    own = Distillation.model_validate({"preset": "hinton", "temperature": 4})
+    assert (own.soft_weight, own.hard_weight, own.temperature) == (1.0, 0.0, 4.0)
 
 
 def test_a_recipe_cannot_change() -> None:

@@ -1,11 +1,17 @@
 """The section of a recipe that says what the student is and how it learns from the teacher."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from stillroom.config.section import Count, Section
 from stillroom.config.training import Training
+
+# Hinton et al. 2015; Sanh et al. 2019 (DistilBERT), section 3; Fedus et al. 2021 (Switch), table 7.
+PRESETS: dict[str, dict[str, float]] = {
+    "hinton": {"soft_weight": 1.0, "hard_weight": 0.0, "temperature": 2.0},
+    "switch": {"soft_weight": 0.25, "hard_weight": 0.75, "temperature": 1.0},
+}
 
 
 class Student(Section):
@@ -39,14 +45,26 @@ class Distillation(Section):
     """Where the student starts."""
     cache: Cache = Cache()
     """What is kept of the teacher's outputs."""
+    preset: Literal["hinton", "switch"] | None = None
+    """A paper's weights: hinton 1 soft at temperature 2; switch 0.25 soft, 0.75 hard at temperature
+    1; what the recipe says besides goes before."""
     temperature: Annotated[float, Field(ge=0.1, le=100)] = 1.0
     """Both distributions are softened by it; the teacher's outputs are captured at it."""
+    divergence: Literal["kl", "cross_entropy", "reverse_kl", "jensen_shannon"] = "kl"
+    """How far the student's distribution is from the teacher's; the last two need cache.kind dense,
+    because drawn probabilities would bias them."""
     soft_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the divergence from the teacher, scaled by temperature squared."""
     hard_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the cross-entropy on the text or the labels."""
     training: Training = Training()
     """How the loop runs."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, values: Any) -> Any:
+        preset = values.get("preset") if isinstance(values, dict) else None
+        return PRESETS.get(preset, {}) | values if isinstance(preset, str) else values
 
     @model_validator(mode="after")
     def _some_weight(self) -> "Distillation":

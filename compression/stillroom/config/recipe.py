@@ -58,6 +58,13 @@ class Recipe(Section):
             raise ValueError(f"adapters must have different names: {', '.join(names)} came")
         if "cross_entropy" in self.controls and self.distillation is None:
             raise ValueError("controls: cross_entropy needs a distillation section")
+        if self.distillation and self.task == "causal_lm":
+            divergence, kind = self.distillation.divergence, self.distillation.cache.kind
+            if divergence in ("reverse_kl", "jensen_shannon") and kind != "dense":
+                raise ValueError(
+                    f"distillation.divergence: {divergence} needs distillation.cache.kind: dense, "
+                    f"{kind} came; drawn probabilities would bias it"
+                )
         if "round_to_nearest" in self.controls and self.quantization is None:
             raise ValueError("controls: round_to_nearest needs a quantization section")
         if self.teacher.fine_tune and self.task == "causal_lm":

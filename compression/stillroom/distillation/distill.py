@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from stillroom.checkpoint import Checkpoints
 from stillroom.data.examples import Examples
 from stillroom.distillation.cache_files import TeacherCache
-from stillroom.distillation.losses import DenseTargets, SoftTargets, mixed_loss
+from stillroom.distillation.losses import DenseTargets, Divergence, SoftTargets, mixed_loss
 from stillroom.errors import MismatchError, RecipeError
 from stillroom.fine_tuning import aligned_labels, fine_tune, held_out, output_logits
 from stillroom.progress import Progress, silent
@@ -20,13 +20,15 @@ from stillroom.training.options import TrainingOptions
 class DistillationOptions:
     """Weights of the two parts of the loss, the temperature of both models, and the loop.
 
-    The loss is soft_weight · T² · KL(teacher ‖ student) + hard_weight · cross-entropy.
+    The loss is soft_weight · T² · divergence(teacher, student) + hard_weight · cross-entropy. Other
+    divergences than "kl" and "cross_entropy" need a dense cache.
     """
 
     training: TrainingOptions
     soft_weight: float = 1.0
     hard_weight: float = 0.0
     temperature: float = 1.0
+    divergence: Divergence = "kl"
 
 
 def distill(
@@ -48,7 +50,7 @@ def distill(
     Raises:
         MismatchError: the cache belongs to other rows, another tokenizer, temperature or
             vocabulary; or a checkpoint to another run.
-        RecipeError: both weights are 0.
+        RecipeError: both weights are 0; the divergence cannot be taken from this cache.
         what `stillroom.training.loop.train` raises.
     """
     if cache is None:
@@ -64,7 +66,10 @@ def distill(
     if options.soft_weight + options.hard_weight <= 0:
         raise RecipeError("soft_weight and hard_weight are both 0: give one of them a weight")
     cache.check(examples, options.temperature)
-    weights = f"soft {options.soft_weight} hard {options.hard_weight} T {options.temperature}"
+    weights = (
+        f"soft {options.soft_weight} hard {options.hard_weight} T {options.temperature} "
+        f"{options.divergence}"
+    )
     return train(
         student,
         examples,
@@ -97,6 +102,7 @@ class _CachedTeacherLoss:
             soft_weight=self.options.soft_weight,
             hard_weight=self.options.hard_weight,
             temperature=self.options.temperature,
+            divergence=self.options.divergence,
         )
 
 

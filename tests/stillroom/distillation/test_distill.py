@@ -52,6 +52,17 @@ def test_student_comes_closer_to_the_teacher(tmp_path, kind, temperature):
     assert set(history.evaluations) == {"held_out_cross_entropy_nats", "held_out_accuracy"}
 
 
+@pytest.mark.parametrize("divergence", ["cross_entropy", "reverse_kl", "jensen_shannon"])
+def test_student_comes_closer_by_every_divergence(tmp_path, divergence):
+    teacher, examples = tiny_llama(layers=3), token_rows(240)
+    cache = cached(tmp_path, teacher, examples, kind="dense")
+    student, fresh = initialise_student(teacher, (0,)), token_rows(10, seed=1)
+    before = kl(teacher, student, fresh)
+    training = replace(TRAINING, batch_rows=8, learning_rate=3e-3)
+    distill(student, examples, cache, replace(OPTIONS, divergence=divergence, training=training))
+    assert kl(teacher, student, fresh) < 0.9 * before
+
+
 def test_gradient_from_drawn_targets_is_unbiased(tmp_path):
     teacher, examples = tiny_llama(layers=3), token_rows(2, 8)
     student = initialise_student(teacher, (0,))

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,13 +9,19 @@ from torch.nn import functional
 from stillroom.distillation.losses import (
     DenseTargets,
     SoftTargets,
+    dense_cross_entropy,
     dense_kl,
     hard_cross_entropy,
+    hidden_cosine,
+    jensen_shannon,
     mixed_loss,
     next_labels,
+    reverse_kl,
     soft_cross_entropy,
     soft_kl,
+    soft_loss,
 )
+from stillroom.errors import MismatchError, RecipeError
 
 ROWS, LENGTH, VOCAB = 2, 5, 11
 
@@ -78,6 +86,68 @@ def test_soft_kl_on_the_whole_distribution_equals_the_dense_one(seed, temperatur
     soft.backward()
     dense.backward()
     torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10**6), st.floats(0.5, 8))
+def test_divergences_equal_their_definitions(seed, temperature):
+    student, teacher, labels = case(seed)
+    kept = labels != -100
+    q = torch.softmax(student[kept] / temperature, -1)  # (positions, vocab)
+    p = torch.softmax(teacher[kept] / temperature, -1)
+    m = (p + q) / 2
+
+    def mean_kl(one, other):
+        return (one * (one / other).log()).sum(-1).mean()
+
+    expected = {
+        reverse_kl: mean_kl(q, p),
+        jensen_shannon: (mean_kl(p, m) + mean_kl(q, m)) / 2,
+        dense_cross_entropy: -(p * q.log()).sum(-1).mean(),
+    }
+    for loss, value in expected.items():
+        found = loss(student, teacher, labels, temperature).item()
+        assert found == pytest.approx(temperature**2 * value.item(), rel=1e-4, abs=1e-6)
+
+
+def test_jensen_shannon_is_symmetric_and_never_above_log_2():
+    student, teacher, labels = case(4, scale=60.0)
+    one = jensen_shannon(student, teacher, labels)
+    assert one.item() == pytest.approx(jensen_shannon(teacher, student, labels).item(), rel=1e-6)
+    assert 0.5 < one.item() <= math.log(2) + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("divergence", "loss"),
+    [
+        ("kl", dense_kl),
+        ("cross_entropy", dense_cross_entropy),
+        ("reverse_kl", reverse_kl),
+        ("jensen_shannon", jensen_shannon),
+    ],
+)
+def test_each_divergence_is_named(divergence, loss):
+    student, teacher, labels = case(5)
+    expected = loss(student, teacher, labels, 2.0).item()
+    found = soft_loss(student, DenseTargets(teacher), labels, divergence, 2.0).item()
+    assert found == pytest.approx(expected)
+    sparse = everything(teacher, 2.0)
+    if divergence in ("kl", "cross_entropy"):
+        found = soft_loss(student, sparse, labels, divergence, 2.0).item()
+        assert found == pytest.approx(expected, rel=1e-4)
+    else:
+        with pytest.raises(RecipeError, match=f"{divergence} is not linear"):
+            soft_loss(student, sparse, labels, divergence, 2.0)
+
+
+def test_cosine_of_hidden_states():
+    teacher = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [9.0, 9.0]]])
+    student = torch.tensor([[[3.0, 0.0], [5.0, 0.0], [-1.0, 0.0]]])
+    mask = torch.tensor([[1, 1, 0]])
+    # Parallel, orthogonal, and one that is padding.
+    assert hidden_cosine(student, teacher, mask).item() == pytest.approx(0.5)
+    with pytest.raises(MismatchError, match="2 came, the teacher has 3"):
+        hidden_cosine(student, torch.zeros(1, 3, 3), mask)
 
 
 def test_kl_of_equal_logits_is_zero():
