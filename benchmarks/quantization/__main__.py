@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from benchmarks.claims import print_claims
 from benchmarks.quantization.cells import Cell, table_cells, timing_cells
 from benchmarks.quantization.decode import measure_decode
 from benchmarks.quantization.measures import (
@@ -16,7 +17,7 @@ from benchmarks.quantization.measures import (
     measure_memory,
     measure_path,
 )
-from benchmarks.quantization.results import gather, measure_floor, print_claims, print_table
+from benchmarks.quantization.results import gather, measure_floor, print_table
 from benchmarks.quantization.rows import make_row, row_path
 from benchmarks.quantization.sst2 import measure_sst2
 

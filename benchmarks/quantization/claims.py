@@ -1,42 +1,16 @@
 """What the benchmark must show, as claims about its rows. What was not measured is not claimed."""
 
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from benchmarks.quantization.comparison import Estimate, paired_difference, paired_ratio
+from benchmarks.claims import Claim, at_most
+from benchmarks.comparison import Estimate, paired_difference, paired_ratio
 from benchmarks.quantization.work import DRAWS
 
 Rows = list[dict[str, Any]]
 WITHOUT_TEXT = ("stillroom-rtn", "bitsandbytes-default")
 RATIOS = {4: 0.55, 3: 0.45}  # of GPTQModel's defaults, by bits
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A sentence, the bound in it, and whether what was measured is within."""
-
-    claim: str
-    bound: float
-    measured: float
-    standard_error: float | None
-    holds: bool
-
-    def as_json(self) -> dict[str, Any]:
-        """Return it as results.json has it."""
-        return asdict(self)
-
-
-def at_most(claim: str, bound: float, measured: float, error: float | None = None) -> Claim:
-    """Return a claim that holds if `measured` is no more than `bound`."""
-    return Claim(claim, bound, measured, error, measured <= bound)
-
-
-def at_least(claim: str, bound: float, measured: float, error: float | None = None) -> Claim:
-    """Return a claim that holds if `measured` is no less than `bound`."""
-    return Claim(claim, bound, measured, error, measured >= bound)
 
 
 def quality_claims(rows: Rows) -> list[Claim]:
@@ -91,11 +65,6 @@ def speed_claims(rows: Rows, floor: float) -> list[Claim]:
             text = f"plain GPTQ takes at most 1.5 times the fp32 floor's CPU seconds{words}"
             claims.append(at_most(text, 1.5, plain / floor))
     return claims
-
-
-def failed(claims: Iterable[Claim]) -> list[Claim]:
-    """Return those that do not hold."""
-    return [claim for claim in claims if not claim.holds]
 
 
 def _below(peer: str, setting: tuple[Any, ...], ours: Any, theirs: Any) -> Claim:

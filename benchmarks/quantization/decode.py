@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.claims import Claim, at_least, at_most
 from benchmarks.quantization.cells import MAIN, Cell
-from benchmarks.quantization.claims import Claim, at_least, at_most
 from benchmarks.quantization.measures import keep
 from benchmarks.quantization.places import bench_folder
 from benchmarks.quantization.rows import run_job

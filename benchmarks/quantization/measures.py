@@ -1,15 +1,14 @@
 """Measurements that are no cell of the table: growth, memory, crashes. Each is kept as a file."""
 
 import hashlib
-import json
 import random
 import shutil
 from pathlib import Path
 from statistics import correlation, median
 from typing import Any
 
+from benchmarks.claims import Claim, at_least, at_most, write_measure
 from benchmarks.quantization.cells import MAIN, SHORT, Cell
-from benchmarks.quantization.claims import Claim, at_least, at_most
 from benchmarks.quantization.places import bench_folder
 from benchmarks.quantization.rows import run_job
 from benchmarks.quantization.work import BLOCKS, CALIBRATION_ROWS
@@ -25,10 +24,7 @@ def measure_path(name: str) -> Path:
 
 def keep(name: str, claims: list[Claim], **more: Any) -> None:
     """Keep a measurement with its claims; the table picks it up from its file."""
-    path = measure_path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = more | {"claims": [claim.as_json() for claim in claims]}
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    write_measure(measure_path(name), claims, **more)
 
 
 def measure_growth() -> None:

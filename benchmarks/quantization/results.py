@@ -1,18 +1,16 @@
 """Gather rows and measurements into results.json, the table and the plot."""
 
 import json
-import os
-import platform
-import subprocess
-from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
+from benchmarks.circumstances import circumstances
+from benchmarks.claims import Claim
+from benchmarks.places import ROOT
 from benchmarks.quantization.cells import SHORT, Cell, table_cells, timing_cells
-from benchmarks.quantization.claims import Claim, quality_claims, speed_claims
+from benchmarks.quantization.claims import quality_claims, speed_claims
 from benchmarks.quantization.floor import floor_seconds, sgemm_rate
 from benchmarks.quantization.measures import keep, measure_path
-from benchmarks.quantization.places import HERE, ROOT, bench_folder
+from benchmarks.quantization.places import HERE, bench_folder
 from benchmarks.quantization.rows import read_row
 from benchmarks.quantization.summary import summarise
 from benchmarks.quantization.work import CALIBRATION_ROWS, LENGTH, text_source
@@ -49,7 +47,9 @@ def gather() -> list[Claim]:
     for found in measures.values():
         claims += [Claim(**each) for each in found.pop("claims")]
     written = {
-        **_circumstances(),
+        **circumstances("quantization"),
+        "text": text_source(),
+        "folder": str(bench_folder().relative_to(ROOT)),
         "rows": [_short(row) for row in rows + timed],
         "measures": measures,
         "claims": [claim.as_json() for claim in claims],
@@ -76,14 +76,6 @@ def print_table() -> None:
         print(f"{cell.name:58} {' '.join(texts)}")
 
 
-def print_claims(claims: list[Claim]) -> None:
-    """Print each claim with its bound and what was measured."""
-    for claim in claims:
-        error = "" if claim.standard_error is None else f" ± {claim.standard_error:.4g}"
-        verdict = "holds" if claim.holds else "FAILS"
-        print(f"{verdict}  {claim.claim}: {claim.measured:.4g}{error} (bound {claim.bound:.4g})")
-
-
 def _measure_files() -> list[Any]:
     return sorted(measure_path("any").parent.glob("*.json"))
 
@@ -94,38 +86,3 @@ def _short(row: dict[str, Any]) -> dict[str, Any]:
         key: [round(each, 4) for each in row[key]] for key in ("row_kl", "row_nll") if key in row
     }
     return row | lists
-
-
-def _circumstances() -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    ).stdout.strip()
-    return {
-        "benchmark": "quantization",
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit,
-        "full": os.environ.get("FULL") == "1",
-        "hardware": {
-            "processor": _processor("model name"),
-            "cores": os.cpu_count(),
-            # A peer that computes in bfloat16 is fast only where the processor does.
-            "bfloat16": "avx512_bf16" in _processor("flags"),
-        },
-        "versions": {"torch": version("torch"), "transformers": version("transformers")},
-        "text": text_source(),
-        "folder": str(bench_folder().relative_to(ROOT)),
-    }
-
-
-def _processor(fact: str) -> str:
-    """Return a line of Linux's description of the first processor."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            found = [line.partition(":")[2].strip() for line in file if line.startswith(fact)]
-    except OSError:
-        found = []
-    return found[0] if found else platform.processor()

@@ -9,9 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.places import ROOT
 from benchmarks.quantization.cells import Cell
 from benchmarks.quantization.peers.environments import peer_python
-from benchmarks.quantization.places import HERE, ROOT, bench_folder
+from benchmarks.quantization.places import HERE, bench_folder
 from benchmarks.quantization.work import model_folder, tokens_file
 
 TIMEOUT = 3600  # seconds

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.quantization.places import bench_folder, data_folder
+from benchmarks.places import data_folder
+from benchmarks.quantization.places import bench_folder
 from benchmarks.quantization.rescaling import rescale_channels
 
 LENGTH = 512  # tokens a row

@@ -10,17 +10,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.comparison import paired_difference, paired_ratio
+from benchmarks.phrases import clustered_loss, split_by_sentence
+from benchmarks.places import ROOT
 from benchmarks.quantization.cells import Cell, table_cells
 from benchmarks.quantization.claims import quality_claims, speed_claims
-from benchmarks.quantization.comparison import paired_difference, paired_ratio
 from benchmarks.quantization.evaluate import Evaluator
 from benchmarks.quantization.floor import SMOLLM2, BlockShape, floor_flops
 from benchmarks.quantization.measures import linear_share
-from benchmarks.quantization.places import ROOT
 from benchmarks.quantization.rescaling import rescale_channels
 from benchmarks.quantization.results import PAGE, RESULTS
 from benchmarks.quantization.rows import payload_bytes
-from benchmarks.quantization.sst2 import clustered_loss, split_by_sentence
 from benchmarks.quantization.summary import summarise
 from benchmarks.quantization.work import Rows
 

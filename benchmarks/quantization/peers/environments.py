@@ -4,7 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.quantization.places import ROOT, peer_folder
+from benchmarks.places import ROOT
+from benchmarks.quantization.places import peer_folder
 
 TORCH = "torch==2.13.0"
 # gptqmodel pins a newer torch than it needs: without its dependencies, and those that it imports.
