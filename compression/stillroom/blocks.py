@@ -153,13 +153,3 @@ def _size(module: nn.Module) -> int:
 
 def _is_below(name: str, other: str) -> bool:
     return name.startswith(f"{other}.")
-
-
-def read_weight(linear: nn.Module) -> Tensor:
-    """Return the weight of a linear layer as (out, in), whichever way it is stored."""
-    return LinearWeight(linear, "weight", transposed=_is_conv1d(linear)).read()
-
-
-def write_weight(linear: nn.Module, values: Tensor) -> None:
-    """Replace the weight of a linear layer by `values`, (out, in), in place."""
-    LinearWeight(linear, "weight", transposed=_is_conv1d(linear)).write(values)

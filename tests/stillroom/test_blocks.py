@@ -4,7 +4,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from stillroom.blocks import find_blocks, find_linears, read_weight, write_weight
+from stillroom.blocks import find_blocks, find_linears, find_weights
 from stillroom.errors import RecipeError
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
 
@@ -45,9 +45,10 @@ def test_a_model_without_blocks_is_refused():
 
 @pytest.mark.parametrize("linear", [nn.Linear(3, 5), Conv1D(5, 3)], ids=["Linear", "Conv1D"])
 def test_weights_are_read_and_written_as_out_by_in(linear):
-    assert read_weight(linear).shape == (5, 3)
+    weight = find_weights(nn.Sequential(linear))["0"]
+    assert weight.shape == (5, 3)
     values = torch.arange(15.0).view(5, 3)
-    write_weight(linear, values)
-    assert torch.equal(read_weight(linear), values)
+    weight.write(values)
+    assert torch.equal(weight.read(), values)
     x = torch.ones(1, 3)
     assert torch.allclose(linear(x), values.sum(1) + linear.bias)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stillroom.blocks import read_weight, write_weight
+from stillroom.blocks import LinearWeight, find_weights
 from stillroom.errors import MismatchError
 from stillroom.quantization.formats.folder import QuantizedFolder
 from stillroom.quantization.weight import QuantizedWeight
@@ -50,19 +50,21 @@ def measure_losses(
     Raises:
         MismatchError: the model has no such layer, or one of another shape.
     """
-    modules = dict(model.named_modules())
+    # An expert's inputs are not its module's.
+    weights = {name: each for name, each in find_weights(model).items() if each.expert is None}
     losses: dict[str, Loss] = {}
     for name in result.layers:
         weight = result.weight(name)
-        if name not in modules or read_weight(modules[name]).shape != weight.integers.shape:
+        if name not in weights or weights[name].shape != weight.integers.shape:
             raise MismatchError(
                 f"{result.folder} holds {name}, which is no linear layer of {type(model).__name__} "
                 f"of these shapes as transformers loads it; use the engine stillroom"
             )
-        losses[name] = Loss(weight, read_weight(modules[name]).clone())
-        write_weight(modules[name], weight.dequantize())
+        losses[name] = Loss(weight, weights[name].read().clone())
+        weights[name].write(weight.dequantize())
     hooks = [
-        modules[name].register_forward_pre_hook(_measure(loss)) for name, loss in losses.items()
+        weights[name].module.register_forward_pre_hook(_measure(loss, weights[name]))
+        for name, loss in losses.items()
     ]
     try:
         for row in rows:
@@ -73,13 +75,13 @@ def measure_losses(
     return losses
 
 
-def _measure(loss: Loss) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _measure(loss: Loss, weight: LinearWeight) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     """Return a hook that adds what a layer's inputs say of its loss."""
 
     def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         inputs = arguments[0].flatten(0, -2)  # (tokens, in)
         loss.energy += float((inputs @ loss.original.T).square().sum(dtype=torch.float64))
-        delta = loss.original - read_weight(module)
+        delta = loss.original - weight.read()
         loss.lost += float((inputs @ delta.T).square().sum(dtype=torch.float64))
         loss.largest_inputs = torch.maximum(
             inputs.abs().amax(0), torch.as_tensor(loss.largest_inputs, device=inputs.device)

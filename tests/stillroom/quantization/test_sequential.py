@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from stillroom.blocks import find_blocks, find_linears, read_weight
+from stillroom.blocks import find_blocks, find_linears, weight_at
 from stillroom.checkpoint import FolderCheckpoints
 from stillroom.errors import DataError, MismatchError, NotFiniteError, RecipeError
 from stillroom.quantization.options import QuantizationOptions
@@ -78,7 +78,7 @@ def test_all_linears_in_the_blocks_and_nothing_else_changes(make_model):
     biases = {f"{name}.bias" for name, layer in result.layers.items() if layer.bias is not None}
     assert changed == weights | biases
     for name, layer in result.layers.items():
-        weight = read_weight(model.get_submodule(name))
+        weight = weight_at(model, name).read()
         assert torch.equal(weight, layer.weight.dequantize())
 
 
