@@ -58,7 +58,7 @@ def _quantize(job: dict[str, Any], rows: Any, options: Any, target: Path) -> Non
     from stillroom.checkpoint import FolderCheckpoints
     from stillroom.quantization.formats.export import save_quantized
     from stillroom.quantization.sequential import quantize_model
-    from stillroom.quantization.streaming import open_streamed
+    from stillroom.streamed import open_streamed
 
     def stop(done: int, total: int, unit: str, note: str = "") -> None:
         if done == job.get("kill_after"):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from stillroom.models import Weights
-    from stillroom.quantization.streaming import OnDisk
+    from stillroom.streamed import OnDisk
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Bench:
             RecipeError: the machine has no such device as the recipe asks for.
             SourceError: the folder holds no model.
         """
-        from stillroom.quantization.streaming import open_streamed
+        from stillroom.streamed import open_streamed
 
         return open_streamed(folder, task=self.task, device=self._device())
 

@@ -6,7 +6,7 @@ from stillroom.blocks import find_blocks
 from stillroom.data.prepare import load_prepared
 from stillroom.distillation.cache_files import TeacherCache
 from stillroom.distillation.distill import DistillationOptions, distill
-from stillroom.distillation.student import choose_layers, initialise_student
+from stillroom.distillation.student import choose_layers, load_student
 from stillroom.models import load_tokenizer
 from tasks.work.bench import Bench, Result
 from tasks.work.training import save_trained, training_options
@@ -39,9 +39,10 @@ def work(bench: Bench) -> Result:
 
 
 def _initial_student(bench: Bench) -> PreTrainedModel:
-    teacher = bench.load(bench.inputs["teacher"])
+    """Return the student before it learns; of the teacher only its own layers are read."""
+    teacher, blocks = bench.open_streamed(bench.inputs["teacher"])
     student = bench.section["student"]
     layers = student["layers"]
     if isinstance(layers, int):
         layers = choose_layers(len(find_blocks(teacher)[1]), layers, student["rule"])
-    return initialise_student(teacher, tuple(layers))
+    return load_student(teacher, blocks, tuple(layers))

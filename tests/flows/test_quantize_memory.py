@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from stillroom.quantization.formats.export import save_quantized
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sequential import quantize_model
-from stillroom.quantization.streaming import open_streamed
+from stillroom.streamed import open_streamed
 folder, target = Path(sys.argv[1]), Path(sys.argv[2])
 model, blocks = open_streamed(folder, task="causal_lm")
 ids = torch.randint(4, 64, (16, 128), generator=torch.Generator().manual_seed(0))

@@ -1,13 +1,14 @@
 """Make a student out of some of the teacher's layers."""
 
 import copy
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from stillroom.blocks import find_blocks
 from stillroom.errors import RecipeError
+from stillroom.streamed import OnDisk
 
 Rule = Literal["every_other", "first_last", "even"]
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -48,24 +49,48 @@ def initialise_student(teacher: Model, layers: tuple[int, ...]) -> Model:
     Raises:
         RecipeError: a layer is out of range or named twice, or the order is not ascending.
     """
-    name, blocks = find_blocks(teacher)
+    _, blocks = find_blocks(teacher)
     _check_layers(layers, len(blocks))
-    chosen = [blocks[layer] for layer in layers]
     # What the memo already holds is not copied: the layers left out cost no memory.
-    left_out = [block for i, block in enumerate(blocks) if i not in layers]
-    memo: dict[int, object] = {id(block): nn.Identity() for block in left_out}
+    memo: dict[int, object] = {
+        id(block): nn.Identity() for i, block in enumerate(blocks) if i not in layers
+    }
     student = copy.deepcopy(teacher, memo)
-    copied = nn.ModuleList(copy.deepcopy(block, memo) for block in chosen)
-    parent, _, attribute = name.rpartition(".")
-    setattr(student.get_submodule(parent), attribute, copied)
-    for position, block in enumerate(copied):
+    # The copy's list holds two kinds of modules, and would not be found again.
+    copied = cast(nn.ModuleList, memo[id(blocks)])
+    _keep(student, copied, layers)
+    return student
+
+
+def load_student(model: Model, blocks: OnDisk, layers: tuple[int, ...]) -> Model:
+    """Return a teacher that was opened with `open_streamed` as a student of its blocks `layers`.
+
+    The model changes in place, and the other blocks are never read: memory depends on the student's
+    size, not on the teacher's. Otherwise as `initialise_student`.
+
+    Raises:
+        RecipeError: a layer is out of range or named twice, or the order is not ascending.
+    """
+    name, all_blocks = find_blocks(model)
+    _check_layers(layers, len(all_blocks))
+    for layer in layers:
+        blocks.load(f"{name}.{layer}")
+    _keep(model, all_blocks, layers)
+    return model
+
+
+def _keep(model: PreTrainedModel, blocks: nn.ModuleList, layers: tuple[int, ...]) -> None:
+    """Cut a model's list of blocks down to `layers`, in place."""
+    total, kept = len(blocks), [blocks[layer] for layer in layers]
+    del blocks[:]
+    blocks.extend(kept)
+    for position, block in enumerate(kept):
         for module in block.modules():
             # Attention finds its part of the key-value cache by this number.
             if hasattr(module, "layer_idx"):
                 module.layer_idx = position  # type: ignore[assignment]
-    _shrink_config(student.config, layers, len(blocks))
-    student.requires_grad_(True)
-    return student
+    _shrink_config(model.config, layers, total)
+    model.requires_grad_(True)
 
 
 def _check_layers(layers: tuple[int, ...], total: int) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 from stillroom.errors import StageError
 from stillroom.quantization.capture import Rows
 from stillroom.quantization.sequential import QuantizationResult
-from stillroom.quantization.streaming import Blocks, streamed_logits
+from stillroom.quantization.streaming import streamed_logits
 from stillroom.quantization.weight import LayerAccount
+from stillroom.streamed import Blocks
 
 
 def summarise(accounts: Sequence[LayerAccount]) -> dict[str, float]:

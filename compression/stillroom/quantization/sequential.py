@@ -25,12 +25,11 @@ from stillroom.quantization.pieces import Pieces, QuantizedLayer, work_fingerpri
 from stillroom.quantization.solving import solve_group, write_layer
 from stillroom.quantization.streaming import (
     Activations,
-    Blocks,
-    InMemory,
     Stream,
     rows_to_check,
 )
 from stillroom.quantization.weight import LayerAccount, QuantizedWeight, warn_of_fallbacks
+from stillroom.streamed import Blocks, InMemory
 
 # Of the calibration rows, one in so many is kept apart to choose on, once there are so many.
 HELD_OUT_EVERY = 8

@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from stillroom.blocks import find_blocks
-from stillroom.distillation.student import choose_layers, initialise_student
+from stillroom.distillation.student import choose_layers, initialise_student, load_student
 from stillroom.errors import RecipeError
+from stillroom.streamed import open_streamed
 from tests.stillroom.rows import token_rows
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
 from tests.stillroom.tiny_decoders import tiny_gpt2, tiny_qwen2
@@ -49,6 +50,26 @@ def test_student_with_all_layers_is_the_teacher(kind):
         p.data_ptr() for p in student.parameters()
     }
     assert not shared
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_student_that_is_read_from_disk_is_the_one_that_is_copied(kind, tmp_path):
+    teacher = MODELS[kind]()
+    teacher.save_pretrained(tmp_path)
+    task = "sequence_classification" if kind == "bert" else "causal_lm"
+    model, blocks = open_streamed(tmp_path, task=task)
+    name = find_blocks(model)[0]
+    left_out = model.get_submodule(f"{name}.1")
+    student, copied = load_student(model, blocks, (0, 3)), initialise_student(teacher, (0, 3))
+    assert all(each.is_meta for each in left_out.parameters())
+    ours, expected = student.state_dict(), copied.state_dict()
+    assert list(ours) == list(expected)
+    assert all(torch.equal(ours[key], expected[key]) for key in expected)
+    assert all(each.requires_grad for each in student.parameters())
+    assert torch.equal(logits(student), logits(copied))
+    assert student.config.to_dict() | {"_name_or_path": ""} == copied.config.to_dict() | {
+        "_name_or_path": ""
+    }
 
 
 @pytest.mark.parametrize("kind", MODELS)

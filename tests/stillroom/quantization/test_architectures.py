@@ -11,7 +11,7 @@ from stillroom.models import load_model, save_model
 from stillroom.quantization.formats.export import check_folder, save_quantized
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sequential import quantize_model
-from stillroom.quantization.streaming import open_streamed
+from stillroom.streamed import open_streamed
 from tests.stillroom.tiny import tiny_tokenizer
 
 SMALL = {

@@ -16,7 +16,8 @@ from stillroom.quantization.formats.shards import SHARD_BYTES, ShardWriter
 from stillroom.quantization.memory import return_free_memory
 from stillroom.quantization.packing import pack
 from stillroom.quantization.sequential import QuantizationResult
-from stillroom.quantization.streaming import Blocks, InMemory, open_streamed, streamed_logits
+from stillroom.quantization.streaming import streamed_logits
+from stillroom.streamed import Blocks, InMemory, open_streamed
 
 
 def save_quantized(

@@ -1,0 +1,169 @@
+"""A model of which only those blocks are in memory that are needed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from stillroom.blocks import find_stacks, weight_at
+from stillroom.errors import CorruptedError
+from stillroom.models import Task, model_class, quiet, read_config, saved_dtype
+from stillroom.quantization.formats.folder import QuantizedFolder, TensorFiles, open_quantized
+
+
+class Blocks(Protocol):
+    """Where the weights of a model's blocks come from, and when they are in memory."""
+
+    def load(self, prefix: str) -> None:
+        """Make the block with this dotted name ready to run, with its original weights."""
+
+    def release(self, prefix: str) -> None:
+        """Let go of its weights."""
+
+
+class InMemory:
+    """The blocks of a model that is in memory as a whole."""
+
+    def load(self, prefix: str) -> None:
+        """Do nothing: the weights are there."""
+
+    def release(self, prefix: str) -> None:
+        """Do nothing: whatever became of them stays in the model."""
+
+
+class OnDisk:
+    """The blocks of a model without weights, each read from its checkpoint when it is needed.
+
+    transformers' own loader places the tensors, so that files whose layout differs from the
+    model's (mixtures, renamed parts) are read as `from_pretrained` reads them. Packed layers of a
+    GPTQ checkpoint are dequantized.
+    """
+
+    def __init__(self, model: PreTrainedModel, folder: Path, device: torch.device) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        self.model = model
+        self.device = device
+        self.files = TensorFiles(folder)
+        self.packed: QuantizedFolder | None = None
+        if "quantization_config" in read_config(folder):
+            self.packed = open_quantized(folder)
+        self.mapping: list[Any] = get_model_conversion_mapping(model)
+        self.sources = self._sources()  # every tensor of the files by its name in the model
+
+    def load(self, prefix: str) -> None:
+        """Read the tensors of one block."""
+        self._load([key for name, key in self.sources if name.startswith(f"{prefix}.")])
+        for name in [] if self.packed is None else self.packed.layers:
+            if name.startswith(f"{prefix}."):
+                self._place(name)
+
+    def release(self, prefix: str) -> None:
+        """Let go of the parameters of one block."""
+        for module in self.model.get_submodule(prefix).modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                empty = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
+                setattr(module, name, empty)
+
+    def load_rest(self, stacks: Mapping[str, nn.ModuleList]) -> None:
+        """Read everything but the blocks.
+
+        Raises:
+            CorruptedError: the files lack a tensor.
+        """
+        inside = tuple(f"{prefix}." for prefix in stacks)
+        self._load([key for name, key in self.sources if not name.startswith(inside)])
+        for name in [] if self.packed is None else self.packed.layers:
+            if not name.startswith(inside):
+                self._place(name)
+        self.model.tie_weights()
+        missing = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.is_meta and not name.startswith(inside)
+        ]
+        if missing:
+            raise CorruptedError(
+                f"{self.files.folder}: the tensors do not fit config.json; missing {missing[:3]}; "
+                "write the checkpoint again"
+            )
+
+    def _sources(self) -> list[tuple[str, str]]:
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            rename_source_key,
+        )
+
+        renamings = [each for each in self.mapping if isinstance(each, WeightRenaming)]
+        converters = [each for each in self.mapping if isinstance(each, WeightConverter)]
+        own = self.model.state_dict()
+        prefix = self.model.base_model_prefix
+        keys = self.files if self.packed is None else self.packed.plain
+        return [
+            (
+                key
+                if key in own
+                else rename_source_key(key, renamings, converters, prefix, own)[0],
+                key,
+            )
+            for key in keys
+        ]
+
+    def _load(self, keys: list[str]) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        config = LoadStateDictConfig(
+            weight_mapping=self.mapping, device_map={"": self.device}, dtype=self.model.dtype
+        )
+        state = {key: self.files[key] for key in keys}
+        with quiet():
+            convert_and_load_state_dict_in_model(self.model, state, config)
+
+    def _place(self, name: str) -> None:
+        """Put the dequantized weight of a packed layer where the model has its own."""
+        assert self.packed is not None
+        weight = weight_at(self.model, name)
+        if weight.stored.is_meta:
+            whole = getattr(weight.module, weight.parameter)
+            empty = nn.Parameter(torch.empty_like(whole, device=self.device), False)
+            setattr(weight.module, weight.parameter, empty)
+        weight.write(self.packed.weight(name).dequantize())
+
+
+def open_streamed(
+    folder: Path,
+    *,
+    task: Task,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, OnDisk]:
+    """Return the model in `folder` with everything but its blocks in memory, and its blocks.
+
+    Raises:
+        SourceError: the folder holds no model.
+        CorruptedError: tensors are missing.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    raw = read_config(folder)
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with quiet(), init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = model_class(task).from_config(
+            config, dtype=dtype or saved_dtype(raw), trust_remote_code=trust_remote_code
+        )
+    blocks = OnDisk(model, folder, torch.device(device))
+    blocks.load_rest(find_stacks(model))
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    model.train(False)
+    return model, blocks
