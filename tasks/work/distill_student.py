@@ -1,22 +1,27 @@
 """Make a student of some of the teacher's layers, and train it on what the teacher said."""
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from stillroom.blocks import find_blocks
-from stillroom.data.prepare import load_prepared
+from stillroom.data.prepare import PreparedData, load_prepared
 from stillroom.distillation.cache_files import TeacherCache
+from stillroom.distillation.dense_student import count_choices, dense_student
 from stillroom.distillation.distill import DistillationOptions, distill
-from stillroom.distillation.student import choose_layers, load_student
+from stillroom.distillation.student import choose_layers, initialise_student, load_student
 from stillroom.models import load_tokenizer
 from tasks.work.bench import Bench, Result
 from tasks.work.training import save_trained, training_options
+
+CALIBRATION_BATCH = 4  # rows
 
 
 def work(bench: Bench) -> Result:
     """Write the student; without a cache it learns from the text alone."""
     section, inputs = bench.section, bench.inputs
     data = load_prepared(inputs["data"])
-    student = _initial_student(bench)
+    student = _initial_student(bench, data)
     options = DistillationOptions(
         training=training_options(bench),
         soft_weight=section["soft_weight"],
@@ -38,11 +43,22 @@ def work(bench: Bench) -> Result:
     return save_trained(bench, student, tokenizer, data, history, bench.licence("teacher"))
 
 
-def _initial_student(bench: Bench) -> PreTrainedModel:
-    """Return the student before it learns; of the teacher only its own layers are read."""
-    teacher, blocks = bench.open_streamed(bench.inputs["teacher"])
-    student = bench.section["student"]
-    layers = student["layers"]
+def _initial_student(bench: Bench, data: PreparedData) -> PreTrainedModel:
+    """Return the student before it learns; of a dense teacher only its own layers are read."""
+    section, folder = bench.section["student"], bench.inputs["teacher"]
+    if section["experts"]:
+        teacher = bench.load(folder)
+        counts = None
+        if section["experts"] == "most_used":
+            counts = count_choices(teacher, data.calibration, CALIBRATION_BATCH)
+        teacher = dense_student(teacher, section["experts"], counts)
+        return initialise_student(teacher, _layers(section, teacher))
+    teacher, blocks = bench.open_streamed(folder)
+    return load_student(teacher, blocks, _layers(section, teacher))
+
+
+def _layers(section: dict[str, Any], teacher: PreTrainedModel) -> tuple[int, ...]:
+    layers = section["layers"]
     if isinstance(layers, int):
-        layers = choose_layers(len(find_blocks(teacher)[1]), layers, student["rule"])
-    return load_student(teacher, blocks, tuple(layers))
+        return choose_layers(len(find_blocks(teacher)[1]), layers, section["rule"])
+    return tuple(layers)

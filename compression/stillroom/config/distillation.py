@@ -21,6 +21,10 @@ class Student(Section):
     """How many of the teacher's layers, or exactly which, counted from 0."""
     rule: Literal["every_other", "first_last", "even"] = "even"
     """Which layers are taken where only their number is given."""
+    experts: Literal["mean", "most_used"] | None = None
+    """Make a mixture of experts (Switch, Mixtral, Qwen3-MoE) a dense student: each feed-forward
+    layer starts as the mean of its experts, or as the one most used on the calibration rows;
+    absent: a mixture stays one."""
 
 
 class Cache(Section):

@@ -1,0 +1,72 @@
+"""The stage that distils: what each kind of student in the recipe becomes."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stillroom.checkpoint import NoCheckpoints
+from stillroom.config import Distillation
+from stillroom.errors import RecipeError
+from stillroom.models import load_model, save_model
+from stillroom.progress import silent
+from tasks.stages import DISTILL_STUDENT, Order, as_json
+from tasks.work import distill_student
+from tasks.work.bench import Bench
+from tests.stillroom.distillation.test_dense_student import made
+from tests.stillroom.rows import token_rows
+from tests.stillroom.tiny import tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture
+def distil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    prepared = SimpleNamespace(
+        train=token_rows(8), evaluation=token_rows(4), calibration=token_rows(4)
+    )
+    monkeypatch.setattr(distill_student, "load_prepared", lambda _: prepared)
+
+    def work(teacher: Any, **student: Any) -> Any:
+        save_model(teacher, tiny_tokenizer(), tmp_path / "teacher")
+        section = Distillation.model_validate(
+            {"student": student, "soft_weight": 0, "hard_weight": 1, "training": {"steps": 2}}
+        )
+        given = as_json(section, "cache", "preset")
+        order = Order(
+            title="distil",
+            stage=DISTILL_STUDENT,
+            section=given | {"task": "causal_lm", "device": "cpu"},
+            seed=0,
+        )
+        output = tmp_path / "output"
+        output.mkdir()
+        inputs = {"teacher": tmp_path / "teacher", "data": tmp_path}
+        records: Any = {"teacher": SimpleNamespace(licence="none")}
+        bench = Bench(order, inputs, records, tmp_path / "scratch", output, NoCheckpoints(), silent)
+        metrics = distill_student.work(bench).metrics
+        assert metrics["reload_max_difference"] < 1e-5 * metrics["reload_max_logit"]
+        return load_model(output)
+
+    return work
+
+
+def test_a_student_has_some_layers_of_its_teacher(distil: Any) -> None:
+    student = distil(tiny_llama(layers=3), layers=2)
+    assert student.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("experts", ["mean", "most_used"])
+def test_a_mixture_becomes_dense_where_the_recipe_says_so(distil: Any, experts: str) -> None:
+    student = distil(made("mixtral"), layers=1, experts=experts)
+    assert type(student).__name__ == "MistralForCausalLM"
+    assert student.config.num_hidden_layers == 1
+
+
+def test_a_mixture_stays_one_otherwise(distil: Any) -> None:
+    student = distil(made("mixtral"), layers=1)
+    assert type(student).__name__ == "MixtralForCausalLM"
+
+
+def test_a_dense_teacher_has_no_experts(distil: Any) -> None:
+    with pytest.raises(RecipeError, match="expected a Switch, Mixtral or Qwen3-MoE teacher, Llama"):
+        distil(tiny_llama(layers=3), layers=1, experts="mean")
