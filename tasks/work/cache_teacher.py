@@ -17,6 +17,8 @@ def work(bench: Bench) -> Result:
         rows_per_shard=section["rows_per_shard"],
         batch_rows=section["batch_rows"],
         seed=bench.order.seed,
+        audit_rows=section["audit_rows"],
+        hidden_states=section["hidden_states"],
     )
     train = load_prepared(bench.inputs["data"]).train
     capture(

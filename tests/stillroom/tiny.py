@@ -3,6 +3,7 @@
 import torch
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
@@ -45,6 +46,21 @@ def tiny_bert_classifier(
         num_labels=labels,
     )
     return _seeded(BertForSequenceClassification, config, seed)
+
+
+def tiny_bert_masked(
+    seed: int = 0, layers: int = 2, hidden: int = 32, vocab: int = 64
+) -> BertForMaskedLM:
+    """Return a masked language model of a few thousand parameters."""
+    config = BertConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+    )
+    return _seeded(BertForMaskedLM, config, seed)
 
 
 def _seeded(kind: type[PreTrainedModel], config: object, seed: int) -> PreTrainedModel:

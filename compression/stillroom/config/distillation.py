@@ -40,6 +40,11 @@ class Cache(Section):
     """Rows in one shard; a crash costs at most one shard."""
     batch_rows: Annotated[int, Field(ge=1, le=4096)] = 4
     """Rows in one forward pass of the teacher."""
+    audit_rows: Annotated[int, Field(ge=0, le=256)] = 0
+    """First rows whose every logit is kept beside the targets, to measure their bias; a row takes
+    4 bytes a token and word: 101 MB for 512 tokens and 49,152 words."""
+    hidden_states: Literal["none", "last"] = "none"
+    """last: keep the teacher's last hidden states too, 2 bytes a token and hidden unit."""
 
 
 class Distillation(Section):

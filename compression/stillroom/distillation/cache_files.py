@@ -1,11 +1,15 @@
 """The teacher cache on disk: its layout, byte by byte, and its reader.
 
-A cache is a folder of `cache.json` and `shard-00000.safetensors`, `shard-00001.safetensors`, …
-A shard holds `rows_per_shard` consecutive rows of the examples (the last one fewer). A safetensors
-file is 8 bytes (little-endian length n of the header), n bytes of JSON (name, type, shape and
-offsets of each tensor), then the tensors, little-endian and row-major, which is why a reader can
-map the file and touch only the rows it needs. L is the sequence length, K the head entries, M the
-draws; position t is the teacher's distribution of token t + 1, at the capture temperature.
+A cache is a folder of `cache.json`, `shard-00000.safetensors`, `shard-00001.safetensors`, … and,
+where one was asked for, `audit.safetensors`. A shard holds `rows_per_shard` consecutive rows of the
+examples (the last one fewer). A safetensors file is 8 bytes (little-endian length n of the header),
+n bytes of JSON (name, type, shape and offsets of each tensor), then the tensors, little-endian and
+row-major, which is why a reader can map the file and touch only the rows it needs. L is the
+sequence length, K the head entries, M the draws, H the width of the hidden states. Position t is
+the teacher's distribution at position t, at the capture temperature: that of token t + 1 for a
+causal language model, of token t for a masked one.
+
+  shard-*.safetensors
 
     sampled, top_k
       head_ids            (rows, L, K) uint16, or int32 above 65,536 words   most likely words
@@ -16,13 +20,21 @@ draws; position t is the teacher's distribution of token t + 1, at the capture t
       tail_mass           (rows, L)    float16   1 less the head's exact sum, rounded as the head
       entropy             (rows, L)    float32   of the whole distribution, in nats
     dense
-      logits              (rows, L, vocab) float32; classification: (rows, labels) float32
+      logits              (rows, L, vocab) float32, not divided by the temperature;
+                                           classification: (rows, labels) float32
+    with hidden_states "last", of each kind
+      hidden              (rows, L, H)     float16   the teacher's last hidden state, transformers'
+                                                     `hidden_states[-1]`: after the final norm
+                                                     where the model has one, before the head
+  audit.safetensors (audit_rows > 0; a dense cache is its own audit and has none)
+      logits              (audit_rows, L, vocab) float32   of the first rows, as in a dense cache
 
 head_ids and head_probabilities are absent where K is 0, tail_ids and tail_mass where M is 0.
 At the default K = 4 and M = 8 with a vocabulary of at most 65,536 words: 4·(2+2) + 8·2 + 2 + 4 =
-38 bytes a token. Padding positions hold zeros.
+38 bytes a token; hidden states add 2·H. A row of audit takes 4·L·vocab bytes: of 512 tokens and
+49,152 words 101 MB, as much as 2.6 million tokens of the shards. Padding positions hold zeros.
 
-`cache.json` holds what the targets belong to (fields of `CacheFacts`) and each shard's SHA-256.
+`cache.json` holds what the targets belong to (fields of `CacheFacts`) and each file's SHA-256.
 """
 
 import json
@@ -41,7 +53,10 @@ from stillroom.distillation.losses import DenseTargets, SoftTargets
 from stillroom.errors import CorruptedError, MismatchError, SourceError
 
 CacheKind = Literal["sampled", "top_k", "dense"]
+HiddenStates = Literal["none", "last"]
 FACTS = "cache.json"
+AUDIT = "audit"
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -49,7 +64,8 @@ class CacheFacts:
     """What the targets of a cache belong to: they are of use to nothing else.
 
     `row_hashes` are those of the examples, one a row, in order. `teacher` names the model that was
-    asked, `vocabulary` counts its words (classification: its labels).
+    asked, `vocabulary` counts its words (classification: its labels), `hidden_size` is the width
+    of its hidden states, 0 where none are kept. Version 1 knew neither audit nor hidden states.
     """
 
     kind: CacheKind
@@ -63,7 +79,10 @@ class CacheFacts:
     tokenizer_hash: str
     teacher: str
     row_hashes: tuple[str, ...]
-    format_version: int = 1
+    audit_rows: int = 0
+    hidden_states: HiddenStates = "none"
+    hidden_size: int = 0
+    format_version: int = FORMAT_VERSION
 
 
 class TeacherCache:
@@ -75,7 +94,7 @@ class TeacherCache:
     def __init__(self, folder: Path, facts: CacheFacts) -> None:
         self.folder = folder
         self.facts = facts
-        self._shards: dict[int, Any] = {}
+        self._files: dict[str, Any] = {}
 
     @classmethod
     def open(cls, folder: Path) -> "TeacherCache":
@@ -84,6 +103,7 @@ class TeacherCache:
         Raises:
             SourceError: there is no cache.
             CorruptedError: a shard is missing, or its bytes are not those that were written.
+            MismatchError: the cache has a later format.
         """
         try:
             content = json.loads((folder / FACTS).read_text())
@@ -93,6 +113,11 @@ class TeacherCache:
             ) from None
         except ValueError as error:
             raise CorruptedError(f"{folder / FACTS} is no JSON: {error}; capture again") from error
+        if content["format_version"] > FORMAT_VERSION:
+            raise MismatchError(
+                f"{folder} has format {content['format_version']} of the teacher cache, at most "
+                f"{FORMAT_VERSION} was expected: read it with a newer stillroom, or capture again"
+            )
         shards: dict[str, str] = content.pop("shards")
         for name, expected in shards.items():
             if not (folder / name).is_file() or sha256_of(folder / name) != expected:
@@ -156,29 +181,52 @@ class TeacherCache:
             torch.cat(ids, -1), torch.cat(probabilities, -1), self._tensor("entropy", rows)
         )
 
+    def hidden(self, rows: Tensor) -> Tensor:
+        """Return the teacher's last hidden states (batch, length, hidden) float32 of some rows.
+
+        Raises:
+            MismatchError: the cache holds none.
+        """
+        if self.facts.hidden_states == "none":
+            raise MismatchError(
+                f"{self.folder} holds no hidden states; capture the teacher again with "
+                'hidden_states: "last"'
+            )
+        return self._tensor("hidden", rows).float()
+
+    def audit_logits(self, row: int) -> Tensor:
+        """Return every logit (length, vocab) float32 of one of the first `audit_rows` rows."""
+        logits = self._open(AUDIT).get_slice("logits")[row : row + 1]
+        return torch.from_numpy(logits)[0]
+
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of all shards over all positions of all rows."""
-        size = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        """Bytes of all shards over all positions of all rows; the audit is counted apart."""
+        size = sum(path.stat().st_size for path in self.folder.glob(tensor_file("shard-*")))
         return size / (len(self) * self.facts.sequence_length)
+
+    @property
+    def audit_bytes(self) -> int:
+        """Bytes of the audit; 0 where there is none."""
+        return (self.folder / tensor_file(AUDIT)).stat().st_size if self.facts.audit_rows else 0
 
     def _tensor(self, name: str, rows: Tensor) -> Tensor:
         parts = []
         for row in rows.tolist():
             shard, offset = divmod(row, self.facts.rows_per_shard)
-            parts.append(self._shard(shard).get_slice(name)[offset : offset + 1])
+            parts.append(self._open(shard_name(shard)).get_slice(name)[offset : offset + 1])
         values = np.concatenate(parts)
         # torch can hold uint16 but index with nothing of it.
         return torch.from_numpy(values.astype(np.int32) if values.dtype == np.uint16 else values)
 
-    def _shard(self, number: int) -> Any:
-        if number not in self._shards:
-            path = self.folder / shard_file(number)
+    def _open(self, piece: str) -> Any:
+        if piece not in self._files:
+            path = self.folder / tensor_file(piece)
             try:
-                self._shards[number] = safe_open(path, framework="numpy")
+                self._files[piece] = safe_open(path, framework="numpy")
             except (OSError, SafetensorError) as error:
                 raise CorruptedError(f"{path} cannot be read: {error}; capture again") from error
-        return self._shards[number]
+        return self._files[piece]
 
 
 def shard_name(number: int) -> str:
@@ -186,14 +234,14 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}"
 
 
-def shard_file(number: int) -> str:
-    """Return the file name of a shard: shard-00003.safetensors."""
-    return f"{shard_name(number)}.safetensors"
+def tensor_file(piece: str) -> str:
+    """Return the file name of a piece: shard-00003.safetensors, audit.safetensors."""
+    return f"{piece}.safetensors"
 
 
-def write_facts(folder: Path, facts: CacheFacts, *, shards: int) -> None:
-    """Write `cache.json` beside the shards, last: until then the cache does not exist."""
-    names = [shard_file(number) for number in range(shards)]
+def write_facts(folder: Path, facts: CacheFacts, pieces: list[str]) -> None:
+    """Write `cache.json` beside its pieces, last: until then the cache does not exist."""
+    names = [tensor_file(piece) for piece in pieces]
     hashes = {name: sha256_of(folder / name) for name in names}
     (folder / FACTS).write_text(json.dumps(asdict(facts) | {"shards": hashes}, sort_keys=True))
 

@@ -16,7 +16,8 @@ from stillroom.errors import (
     SourceError,
 )
 from tests.stillroom.rows import TOKENIZER, labelled_rows, token_rows
-from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
+from tests.stillroom.tiny import tiny_bert_classifier, tiny_bert_masked, tiny_llama
+from tests.stillroom.tiny_decoders import tiny_gpt2
 
 VOCAB = 64
 TEACHER = tiny_llama()
@@ -160,9 +161,7 @@ def test_rerun_and_resume_give_the_same_bytes(tmp_path):
         fingerprint="tiny",
         checkpoints=checkpoints,
     )
-    assert (
-        sum(asked) == 2
-    )  # the row that tells the vocabulary's size, and the last shard's only row
+    assert asked == [1]  # the last shard's only row
     assert files(tmp_path / "resumed") == files(tmp_path / "whole")
 
 
@@ -232,13 +231,111 @@ def test_damaged_cache_is_refused(tmp_path):
         TeacherCache.open(tmp_path)
 
 
+def test_audit_holds_the_logits_of_the_first_rows_and_changes_no_shard(tmp_path):
+    examples = token_rows(5, padding=3)
+    plain = captured(tmp_path / "plain")
+    options = replace(OPTIONS, audit_rows=3, temperature=1.0)
+    cache = captured(tmp_path / "audited", options)
+    whole, audited = files(tmp_path / "plain"), files(tmp_path / "audited")
+    assert audited.keys() - whole.keys() == {"audit.safetensors"}
+    assert all(audited[name] == whole[name] for name in whole if name.startswith("shard-"))
+    assert cache.bytes_per_token == plain.bytes_per_token
+    assert cache.audit_bytes == len(audited["audit.safetensors"])
+    assert cache.facts.audit_rows == 3
+    p = teacher_distribution(examples)
+    for row in range(3):
+        real = examples.attention_mask[row] == 1
+        logits = cache.audit_logits(row)
+        torch.testing.assert_close(torch.softmax(logits[real], -1), p[row, real])
+        assert (logits[~real] == 0).all()
+    assert header(tmp_path / "audited" / "audit.safetensors") == {"logits": ("F32", [3, 12, VOCAB])}
+    damaged = bytearray(audited["audit.safetensors"])
+    damaged[-1] ^= 1
+    (tmp_path / "audited" / "audit.safetensors").write_bytes(bytes(damaged))
+    with pytest.raises(CorruptedError, match=r"audit\.safetensors"):
+        TeacherCache.open(tmp_path / "audited")
+
+
+def test_audit_is_a_piece_of_its_own_and_at_most_all_rows(tmp_path):
+    checkpoints = FolderCheckpoints(tmp_path / "pieces")
+    options = replace(OPTIONS, audit_rows=99)
+    cache = captured(tmp_path / "a", options, checkpoints=checkpoints)
+    assert cache.facts.audit_rows == 5
+    assert checkpoints.names() == ["audit", "shard-00000", "shard-00001", "shard-00002"]
+    checkpoints.delete("audit")
+    captured(tmp_path / "b", options, checkpoints=checkpoints)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert captured(tmp_path / "c", replace(options, kind="dense")).facts.audit_rows == 0
+
+
+@pytest.mark.parametrize("teacher", [TEACHER, tiny_gpt2(), tiny_bert_masked()])
+@pytest.mark.parametrize("kind", ["sampled", "dense"])
+def test_hidden_states_are_the_last_ones(tmp_path, teacher, kind):
+    examples = token_rows(5, padding=3)
+    options = replace(OPTIONS, kind=kind, hidden_states="last", audit_rows=1)
+    cache = capture(teacher, examples, tmp_path, options, tokenizer_hash=TOKENIZER)
+    rows = torch.tensor([4, 1])
+    with torch.no_grad():
+        part = examples.take(rows)
+        expected = teacher.base_model(
+            input_ids=part.input_ids, attention_mask=part.attention_mask
+        ).last_hidden_state
+    expected = expected * part.attention_mask.unsqueeze(-1)
+    hidden = cache.hidden(rows)
+    assert hidden.shape == (2, 12, cache.facts.hidden_size)
+    assert hidden.dtype == torch.float32
+    torch.testing.assert_close(hidden, expected, rtol=1e-3, atol=1e-3)
+    assert header(tmp_path / "shard-00000.safetensors")["hidden"] == ("F16", [2, 12, 32])
+
+
+def test_hidden_states_that_are_not_there_or_too_large_are_refused(tmp_path):
+    with pytest.raises(MismatchError, match="holds no hidden states"):
+        captured(tmp_path).hidden(torch.arange(1))
+    loud = tiny_llama()
+    loud.model.norm.weight.data *= 1e5
+    loud.lm_head.weight = torch.nn.Parameter(torch.zeros_like(loud.lm_head.weight))
+    options = replace(OPTIONS, hidden_states="last")
+    with pytest.raises(NotFiniteError, match="beyond float16"):
+        capture(loud, token_rows(2), tmp_path / "b", options, tokenizer_hash=TOKENIZER)
+
+
+def test_masked_language_model_is_kept_position_by_position(tmp_path):
+    teacher, examples = tiny_bert_masked(), token_rows(3, padding=2)
+    labels = torch.full_like(examples.labels, -100)
+    labels[:, 4] = examples.input_ids[:, 4]
+    masked = replace(examples, labels=labels)
+    options = replace(OPTIONS, kind="top_k", head=VOCAB)
+    cache = capture(teacher, masked, tmp_path, options, tokenizer_hash=TOKENIZER)
+    with torch.no_grad():
+        logits = teacher(input_ids=masked.input_ids, attention_mask=masked.attention_mask).logits
+    expected = torch.softmax(logits, -1) * masked.attention_mask.unsqueeze(-1)
+    found = dense(cache.targets(torch.arange(3)))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_cache_of_the_first_format_is_read_and_a_later_one_refused(tmp_path):
+    captured(tmp_path)
+    facts = json.loads((tmp_path / "cache.json").read_text())
+    for name in ("audit_rows", "hidden_states", "hidden_size"):
+        del facts[name]
+    (tmp_path / "cache.json").write_text(json.dumps(facts | {"format_version": 1}))
+    assert TeacherCache.open(tmp_path).facts.audit_rows == 0
+    (tmp_path / "cache.json").write_text(json.dumps(facts | {"format_version": 3}))
+    with pytest.raises(MismatchError, match="has format 3"):
+        TeacherCache.open(tmp_path)
+
+
+def header(file):
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8 : 8 + size])
+    entries.pop("__metadata__", None)
+    return {name: (entry["dtype"], entry["shape"]) for name, entry in entries.items()}
+
+
 def test_layout_is_the_documented_one(tmp_path):
     captured(tmp_path)
-    content = (tmp_path / "shard-00000.safetensors").read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
-    header.pop("__metadata__", None)
-    assert {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()} == {
+    assert header(tmp_path / "shard-00000.safetensors") == {
         "head_ids": ("U16", [2, 12, 4]),
         "head_probabilities": ("F16", [2, 12, 4]),
         "tail_ids": ("U16", [2, 12, 8]),

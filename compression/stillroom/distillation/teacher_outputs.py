@@ -1,0 +1,143 @@
+"""The arrays of one piece of a teacher cache: what the teacher said of some rows."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from stillroom.data.examples import Examples
+from stillroom.distillation.cache_files import AUDIT, CacheFacts
+from stillroom.distillation.capture_plan import CapturePlan
+from stillroom.distillation.sampling import SparseDistribution, round_to_half, sparsify
+from stillroom.errors import NotFiniteError
+from stillroom.training.options import derived_seed
+
+CHUNK = 128
+"""Positions whose (CHUNK, vocab) running sums, in float64, are in memory at once."""
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class _Outputs(NamedTuple):
+    """Logits (batch, length, vocab) or (batch, labels); hidden states (batch, length, hidden)."""
+
+    logits: Tensor
+    hidden: Tensor | None
+
+
+def piece_arrays(teacher: nn.Module, plan: CapturePlan, piece: str) -> tuple[Arrays, CacheFacts]:
+    """Ask the teacher for the rows of a piece; return its arrays by name, and the cache's facts.
+
+    The layout is that of `stillroom.distillation.cache_files`.
+
+    Raises:
+        NotFiniteError: logits or hidden states are NaN, infinite, or too large for float16.
+    """
+    rows = plan.pieces[piece]
+    with_hidden = plan.options.hidden_states == "last"
+    arrays: list[Arrays] = []
+    facts = None
+    with _asking(teacher):
+        for start in range(rows.start, rows.stop, plan.options.batch_rows):
+            part = slice(start, min(start + plan.options.batch_rows, rows.stop))
+            outputs = _ask(teacher, plan.examples.take(part), hidden=with_hidden)
+            # The logits' width can exceed both the tokenizer's and the config's count of words.
+            width = 0 if outputs.hidden is None else outputs.hidden.shape[-1]
+            facts = plan.facts(outputs.logits.shape[-1], width)
+            arrays += _batch(outputs, plan, part, facts, audit=piece == AUDIT)
+    assert facts is not None, "a piece has at least one row"
+    return {name: np.stack([row[name] for row in arrays]) for name in arrays[0]}, facts
+
+
+@contextmanager
+def _asking(teacher: nn.Module) -> Iterator[None]:
+    before = teacher.training
+    teacher.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        teacher.train(before)
+
+
+def _ask(teacher: nn.Module, examples: Examples, *, hidden: bool) -> _Outputs:
+    device = next(teacher.parameters()).device
+    further = {} if examples.label_names else {"use_cache": False}
+    if hidden:
+        further["output_hidden_states"] = True
+    output = teacher(
+        input_ids=examples.input_ids.to(device),
+        attention_mask=examples.attention_mask.to(device),
+        **further,
+    )
+    return _Outputs(output.logits, output.hidden_states[-1] if hidden else None)
+
+
+def _batch(
+    outputs: _Outputs, plan: CapturePlan, rows: slice, facts: CacheFacts, *, audit: bool
+) -> list[Arrays]:
+    """Return the arrays of each row; padding positions hold zeros."""
+    masks = plan.examples.attention_mask[rows].bool().to(outputs.logits.device)
+    arrays = []
+    for i, row_hash in enumerate(plan.hashes[rows]):
+        logits, mask = outputs.logits[i], masks[i]
+        if not plan.examples.label_names:
+            logits[~mask] = 0.0
+        _require_finite(logits, row_hash, "logits are NaN or infinite")
+        row = (
+            {"logits": logits.float().cpu().numpy()}
+            if audit or facts.kind == "dense"
+            else _sparse_row(logits, mask, row_hash, facts)
+        )
+        if outputs.hidden is not None and not audit:
+            hidden = outputs.hidden[i].masked_fill(~mask.unsqueeze(-1), 0.0).half()
+            _require_finite(hidden, row_hash, "hidden states are NaN or beyond float16's 65,504")
+            row["hidden"] = hidden.cpu().numpy()
+        arrays.append(row)
+    return arrays
+
+
+def _require_finite(values: Tensor, row_hash: str, what: str) -> None:
+    if not torch.isfinite(values).all():
+        raise NotFiniteError(
+            f"teacher cache: the teacher's {what} on the row with hash {row_hash[:12]}; "
+            "expected finite numbers: load it in another dtype"
+        )
+
+
+def _sparse_row(logits: Tensor, mask: Tensor, row_hash: str, facts: CacheFacts) -> Arrays:
+    # One stream of numbers a row, drawn on the CPU: the same on every device and in every batch.
+    generator = torch.Generator().manual_seed(derived_seed(facts.seed, row_hash))
+    shape = (len(logits), facts.draws + facts.head + 1)
+    uniforms = torch.rand(shape, generator=generator, dtype=torch.float64).to(logits.device)
+    chunks = []
+    for start in range(0, len(logits), CHUNK):
+        here = slice(start, start + CHUNK)
+        probabilities = torch.softmax(logits[here].float() / facts.temperature, -1)
+        probabilities = probabilities.masked_fill(~mask[here].unsqueeze(-1), 0.0)
+        kept = sparsify(probabilities, facts.head, uniforms[here, : facts.draws])
+        chunks.append(_pack(kept, mask[here], uniforms[here, facts.draws :], facts))
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def _pack(kept: SparseDistribution, mask: Tensor, uniforms: Tensor, facts: CacheFacts) -> Arrays:
+    ids = np.uint16 if facts.vocabulary <= 2**16 else np.int32
+    arrays: Arrays = {"entropy": kept.entropy.cpu().numpy()}
+    if facts.head:
+        probabilities = kept.head_probabilities
+        if facts.kind == "top_k":
+            total = probabilities.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            half = (probabilities / total).half()
+        else:
+            half = round_to_half(probabilities, uniforms[:, : facts.head])
+        head_ids = kept.head_ids.masked_fill(~mask.unsqueeze(-1), 0)
+        arrays["head_ids"] = head_ids.cpu().numpy().astype(ids)
+        arrays["head_probabilities"] = half.cpu().numpy()
+    if facts.draws:
+        arrays["tail_ids"] = kept.tail_ids.cpu().numpy().astype(ids)
+        arrays["tail_mass"] = round_to_half(kept.tail_mass, uniforms[:, facts.head]).cpu().numpy()
+    return arrays
