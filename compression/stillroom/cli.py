@@ -51,6 +51,13 @@ def _export(options: argparse.Namespace) -> None:
     )
 
 
+def _inspect(options: argparse.Namespace) -> None:
+    from stillroom.distillation.inspection import inspect_cache, report_lines
+
+    for line in report_lines(inspect_cache(options.folder)):
+        print(line)
+
+
 def _hint(folder: Path) -> str:
     if (folder / "adapter").is_dir():
         return f"base and adapter verified; from_pretrained('{folder / 'adapter'}') loads both"
@@ -60,11 +67,13 @@ def _hint(folder: Path) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="stillroom",
-        description="Fetch small models that Stillroom made, and write them in other formats.",
+        description="Fetch small models that Stillroom made, write them in other formats, and "
+        "measure teacher caches.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_pull(commands)
     _add_export(commands)
+    _add_inspect(commands)
     return parser
 
 
@@ -108,6 +117,18 @@ def _add_export(commands: Any) -> None:
         help="do not compare logits, which takes the memory of both models",
     )
     export.set_defaults(run=_export)
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="measure a teacher cache",
+        description="Verify a teacher cache and print what it holds: bytes a token, mass covered, "
+        "entropy, and the bias of its targets against its audit rows. In a clone of the pipeline, "
+        "`python -m flows store fetch KEY FOLDER` takes it out of the store.",
+    )
+    inspect.add_argument("folder", type=Path, help="a folder with cache.json")
+    inspect.set_defaults(run=_inspect)
 
 
 if __name__ == "__main__":

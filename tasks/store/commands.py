@@ -1,9 +1,11 @@
-"""The commands `store ls`, `store verify` and `store gc`."""
+"""The commands `store ls`, `store fetch`, `store verify` and `store gc`."""
 
 import argparse
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
+from stillroom.errors import StoreError
 from tasks.store.collect import CollectionPlan, collect, plan_collection
 from tasks.store.store import ArtifactStore
 
@@ -11,10 +13,13 @@ from tasks.store.store import ArtifactStore
 def add_store_commands(
     subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]",
 ) -> None:
-    """Add `store ls|verify|gc` to a command line."""
+    """Add `store ls|fetch|verify|gc` to a command line."""
     store = subparsers.add_parser("store", help="look at, verify and clean the artifact store")
     commands = store.add_subparsers(dest="store_command", required=True, metavar="COMMAND")
     commands.add_parser("ls", help="list the artifacts")
+    fetch = commands.add_parser("fetch", help="write an artifact's files into a folder, verified")
+    fetch.add_argument("key", help="the first characters of its key, as `store ls` shows them")
+    fetch.add_argument("folder", type=Path, help="a new or empty folder; its files are read-only")
     verify = commands.add_parser("verify", help="find what is missing or damaged")
     verify.add_argument("--shallow", action="store_true", help="compare sizes, read no content")
     verify.add_argument(
@@ -44,6 +49,8 @@ def run_store_command(
     match args.store_command:
         case "ls":
             return _list(store)
+        case "fetch":
+            return _fetch(store, args.key, args.folder)
         case "verify":
             return _verify(store, deep=not args.shallow, repair=args.repair)
         case _:
@@ -68,6 +75,21 @@ def _list(store: ArtifactStore) -> int:
     contents = {file.sha256: file.size for record in records for file in record.files}
     total = readable_size(sum(contents.values()))
     print(f"{_count(len(records), 'artifact')}, {total} in {store.url}")
+    return 0
+
+
+def _fetch(store: ArtifactStore, key: str, folder: Path) -> int:
+    found = [record for record in store.records() if record.key.startswith(key)]
+    if len(found) != 1:
+        raise StoreError(
+            f"expected the beginning of one artifact's key: {_count(len(found), 'artifact')} in "
+            f"{store.url} begin with {key!r}; `python -m flows store ls` lists them"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StoreError(f"{folder} is there already and not empty: give a new or empty folder")
+    with store.lease(found[0].key):
+        store.fetch(found[0], folder)
+    print(f"{found[0].kind} {found[0].key[:12]} verified and written to {folder}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """Run the teacher once over the training rows, and keep what it said."""
 
 from stillroom.data.prepare import load_prepared
+from stillroom.distillation.inspection import CacheReport, inspect_cache
 from stillroom.distillation.teacher_cache import CacheOptions, capture
 from stillroom.models import load_tokenizer, tokenizer_hash
 from tasks.work.bench import Bench, Result
@@ -31,6 +32,26 @@ def work(bench: Bench) -> Result:
         checkpoints=bench.checkpoints,
         progress=bench.progress,
     )
-    size = sum(file.stat().st_size for file in bench.output.iterdir())
-    metrics = {"tokens": float(train.tokens), "bytes_per_token": size / train.tokens}
+    metrics = {"tokens": float(train.tokens)} | _metrics(inspect_cache(bench.output), train.tokens)
     return Result(licence=bench.licence("teacher"), metrics=metrics)
+
+
+def _metrics(report: CacheReport, tokens: int) -> dict[str, float]:
+    """Return the main figures; masses and biases are shares of 1."""
+    positions = report.rows * report.facts.sequence_length
+    metrics = {
+        "bytes_per_token": report.bytes_per_token * positions / tokens,
+        "audit_bytes": float(report.audit_bytes),
+        "head_mass_share": report.head_mass,
+        "head_mass_share_5_percent": report.head_mass_low,
+        "tail_mass_share": report.tail_mass,
+        "entropy_nats": report.entropy_nats,
+        "words_per_position": report.words_per_position,
+    }
+    if report.audit is not None:
+        metrics |= {
+            "audit_bias_share": report.audit.likely_bias,
+            "audit_bias_share_standard_error": report.audit.likely_bias_standard_error,
+            "audit_calibration_error_share": report.audit.calibration_error,
+        }
+    return metrics

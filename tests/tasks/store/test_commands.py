@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from stillroom.errors import ServiceUnreachableError
+from stillroom.errors import ServiceUnreachableError, StoreError
 from tasks.store.commands import add_store_commands, readable_size, run_store_command
 from tasks.store.record import blob_name
 from tasks.store.store import ArtifactStore, open_store
-from tests.tasks.store.making import KEY, OTHER_KEY, add, damage, write_files
+from tests.tasks.store.making import KEY, OTHER_KEY, add, damage, read_files, write_files
 
 
 @pytest.fixture
@@ -120,3 +120,19 @@ def test_a_local_store_needs_neither_boto3_nor_torch(tmp_path: Path) -> None:
     )
     environment = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
+def test_fetch_writes_one_artifact_and_refuses_what_is_not_one(
+    folder_store: ArtifactStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(folder_store, "fetch", KEY[:12], str(tmp_path / "new")) == 0
+    assert read_files(tmp_path / "new") == read_files(tmp_path / "made")
+    assert f"model {KEY[:12]} verified" in capsys.readouterr().out
+    with pytest.raises(StoreError, match="not empty"):
+        run(folder_store, "fetch", KEY[:12], str(tmp_path / "new"))
+    with pytest.raises(StoreError, match=r"0 artifacts .* begin with 'ffff'"):
+        run(folder_store, "fetch", "ffff", str(tmp_path / "other"))
+    add(folder_store, tmp_path / "made", key=OTHER_KEY)
+    with pytest.raises(StoreError, match=r"2 artifacts .* begin with ''"):
+        run(folder_store, "fetch", "", str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
