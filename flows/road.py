@@ -39,6 +39,7 @@ class Made(Generic[A]):
 
 
 BASE_TEXT = "base"
+ALONE = {"soft_weight": 0.0, "hard_weight": 1.0, "cosine_weight": 0.0}
 
 
 def walk(recipe: Recipe, orders: Orders[A]) -> Made[A]:
@@ -97,7 +98,7 @@ def _controls(recipe: Recipe, orders: Orders[A], teacher: A, base: A, data: A) -
     """Order what is made only to judge the result."""
     made: dict[str, A] = {}
     if "cross_entropy" in recipe.controls and recipe.distillation:
-        alone = recipe.distillation.model_copy(update={"soft_weight": 0.0, "hard_weight": 1.0})
+        alone = recipe.distillation.model_copy(update=ALONE)
         label = "student without teacher"
         made[label] = orders.distill_student(f"train {label}", alone, teacher, data, None)
     if "round_to_nearest" in recipe.controls and recipe.quantization:

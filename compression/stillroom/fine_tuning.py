@@ -1,5 +1,7 @@
 """Training on labels alone: the teacher's own task, the control of distillation, adapters."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -47,11 +49,17 @@ def cross_entropy(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, flo
 
 def output_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Return the model's logits, (batch, length, vocab) or (batch, labels)."""
+    logits: Tensor = model_output(model, batch).logits
+    return logits
+
+
+def model_output(model: nn.Module, batch: Batch, *, hidden_states: bool = False) -> Any:
+    """Return what the model makes of the batch: `logits`, and `hidden_states` where asked for."""
     # A decoder in training would fill a key-value cache that nobody reads.
     options = {"use_cache": False} if batch.is_causal else {}
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
-    logits: Tensor = output.logits
-    return logits
+    if hidden_states:
+        options["output_hidden_states"] = True
+    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
 
 
 def aligned_labels(batch: Batch) -> Tensor:

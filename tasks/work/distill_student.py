@@ -28,6 +28,7 @@ def work(bench: Bench) -> Result:
         hard_weight=section["hard_weight"],
         temperature=section["temperature"],
         divergence=section["divergence"],
+        cosine_weight=section["cosine_weight"],
     )
     history = distill(
         student,

@@ -53,6 +53,7 @@ def test_every_field_says_in_a_sentence_what_it_is() -> None:
             "distillation.divergence=reverse_kl",
             "needs distillation.cache.kind: dense, sampled came",
         ),
+        ("distillation.cosine_weight=1", "set cache.hidden_states to last"),
         ("distillation.preset=hintom", "distillation.preset: Input should be 'hinton'"),
         ("teacher.fine_tune={}", "teacher.fine_tune trains a classifier"),
         ("nonsense", "expected key=value"),
@@ -80,6 +81,12 @@ def test_a_change_reaches_absent_sections_and_list_items() -> None:
 def test_a_preset_gives_the_weights_that_the_recipe_leaves_open() -> None:
     switch = Distillation(preset="switch")
     assert (switch.soft_weight, switch.hard_weight, switch.temperature) == (0.25, 0.75, 1.0)
+    distilbert = Distillation(preset="distilbert")
+    weights = (distilbert.soft_weight, distilbert.hard_weight, distilbert.cosine_weight)
+    assert (*weights, distilbert.temperature) == (5.0, 2.0, 1.0, 2.0)
+    assert distilbert.cache.hidden_states == "last"
+    draws = Distillation.model_validate({"preset": "distilbert", "cache": {"draws": 12}}).cache
+    assert (draws.draws, draws.hidden_states) == (12, "last")
     own = Distillation.model_validate({"preset": "hinton", "temperature": 4})
     assert (own.soft_weight, own.hard_weight, own.temperature) == (1.0, 0.0, 4.0)
 

@@ -8,8 +8,15 @@ from stillroom.config.section import Count, Section
 from stillroom.config.training import Training
 
 # Hinton et al. 2015; Sanh et al. 2019 (DistilBERT), section 3; Fedus et al. 2021 (Switch), table 7.
-PRESETS: dict[str, dict[str, float]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "hinton": {"soft_weight": 1.0, "hard_weight": 0.0, "temperature": 2.0},
+    "distilbert": {
+        "soft_weight": 5.0,
+        "hard_weight": 2.0,
+        "cosine_weight": 1.0,
+        "temperature": 2.0,
+        "cache": {"hidden_states": "last"},
+    },
     "switch": {"soft_weight": 0.25, "hard_weight": 0.75, "temperature": 1.0},
 }
 
@@ -54,9 +61,9 @@ class Distillation(Section):
     """Where the student starts."""
     cache: Cache = Cache()
     """What is kept of the teacher's outputs."""
-    preset: Literal["hinton", "switch"] | None = None
-    """A paper's weights: hinton 1 soft at temperature 2; switch 0.25 soft, 0.75 hard at temperature
-    1; what the recipe says besides goes before."""
+    preset: Literal["hinton", "distilbert", "switch"] | None = None
+    """A paper's weights: hinton 1 soft at temperature 2; distilbert 5 soft, 2 hard, 1 cosine at
+    temperature 2; switch 0.25 soft, 0.75 hard at 1; what the recipe says besides goes before."""
     temperature: Annotated[float, Field(ge=0.1, le=100)] = 1.0
     """Both distributions are softened by it; the teacher's outputs are captured at it."""
     divergence: Literal["kl", "cross_entropy", "reverse_kl", "jensen_shannon"] = "kl"
@@ -66,6 +73,9 @@ class Distillation(Section):
     """Weight of the divergence from the teacher, scaled by temperature squared."""
     hard_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the cross-entropy on the text or the labels."""
+    cosine_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of one less the cosine between the last hidden states of student and teacher; needs
+    cache.hidden_states last, and a student as wide as its teacher."""
     training: Training = Training()
     """How the loop runs."""
 
@@ -73,10 +83,21 @@ class Distillation(Section):
     @classmethod
     def _from_preset(cls, values: Any) -> Any:
         preset = values.get("preset") if isinstance(values, dict) else None
-        return PRESETS.get(preset, {}) | values if isinstance(preset, str) else values
+        if not isinstance(preset, str) or preset not in PRESETS:
+            return values
+        cache = values.get("cache", {})
+        merged = PRESETS[preset] | values
+        if isinstance(cache, dict) and "cache" in PRESETS[preset]:
+            merged["cache"] = PRESETS[preset]["cache"] | cache
+        return merged
 
     @model_validator(mode="after")
     def _some_weight(self) -> "Distillation":
-        if self.soft_weight + self.hard_weight <= 0:
-            raise ValueError("soft_weight and hard_weight are both 0: give one of them a weight")
+        if self.soft_weight + self.hard_weight + self.cosine_weight <= 0:
+            raise ValueError("soft_weight, hard_weight and cosine_weight are 0: give one a weight")
+        if self.cosine_weight > 0 and self.cache.hidden_states == "none":
+            raise ValueError(
+                f"cosine_weight: {self.cosine_weight} needs the teacher's hidden states; set "
+                "cache.hidden_states to last"
+            )
         return self

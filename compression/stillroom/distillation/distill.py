@@ -7,9 +7,15 @@ from torch import Tensor, nn
 from stillroom.checkpoint import Checkpoints
 from stillroom.data.examples import Examples
 from stillroom.distillation.cache_files import TeacherCache
-from stillroom.distillation.losses import DenseTargets, Divergence, SoftTargets, mixed_loss
+from stillroom.distillation.losses import (
+    DenseTargets,
+    Divergence,
+    SoftTargets,
+    hidden_cosine,
+    mixed_loss,
+)
 from stillroom.errors import MismatchError, RecipeError
-from stillroom.fine_tuning import aligned_labels, fine_tune, held_out, output_logits
+from stillroom.fine_tuning import aligned_labels, fine_tune, held_out, model_output
 from stillroom.progress import Progress, silent
 from stillroom.training.history import TrainingHistory
 from stillroom.training.loop import Batch, train
@@ -20,8 +26,9 @@ from stillroom.training.options import TrainingOptions
 class DistillationOptions:
     """Weights of the two parts of the loss, the temperature of both models, and the loop.
 
-    The loss is soft_weight · T² · divergence(teacher, student) + hard_weight · cross-entropy. Other
-    divergences than "kl" and "cross_entropy" need a dense cache.
+    The loss is soft_weight · T² · divergence(teacher, student) + hard_weight · cross-entropy +
+    cosine_weight · (1 − cosine of the last hidden states). Other divergences than "kl" and
+    "cross_entropy" need a dense cache, the cosine one with hidden states.
     """
 
     training: TrainingOptions
@@ -29,6 +36,7 @@ class DistillationOptions:
     hard_weight: float = 0.0
     temperature: float = 1.0
     divergence: Divergence = "kl"
+    cosine_weight: float = 0.0
 
 
 def distill(
@@ -50,7 +58,7 @@ def distill(
     Raises:
         MismatchError: the cache belongs to other rows, another tokenizer, temperature or
             vocabulary; or a checkpoint to another run.
-        RecipeError: both weights are 0; the divergence cannot be taken from this cache.
+        RecipeError: all weights are 0; the divergence cannot be taken from this cache.
         what `stillroom.training.loop.train` raises.
     """
     if cache is None:
@@ -63,12 +71,12 @@ def distill(
             fingerprint=fingerprint,
             progress=progress,
         )
-    if options.soft_weight + options.hard_weight <= 0:
-        raise RecipeError("soft_weight and hard_weight are both 0: give one of them a weight")
+    if options.soft_weight + options.hard_weight + options.cosine_weight <= 0:
+        raise RecipeError("soft_weight, hard_weight and cosine_weight are 0: give one a weight")
     cache.check(examples, options.temperature)
     weights = (
         f"soft {options.soft_weight} hard {options.hard_weight} T {options.temperature} "
-        f"{options.divergence}"
+        f"{options.divergence} cosine {options.cosine_weight}"
     )
     return train(
         student,
@@ -88,14 +96,16 @@ class _CachedTeacherLoss:
     options: DistillationOptions
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        logits = output_logits(model, batch)
+        with_hidden = self.options.cosine_weight > 0
+        output = model_output(model, batch, hidden_states=with_hidden)
+        logits = output.logits
         vocabulary = self.cache.facts.vocabulary
         if logits.shape[-1] != vocabulary:
             raise MismatchError(
                 f"the teacher cache has {vocabulary} words or labels, the student "
                 f"{logits.shape[-1]}; a student learns from a teacher with the same ones"
             )
-        return mixed_loss(
+        loss, figures = mixed_loss(
             logits,
             aligned_labels(batch),
             _on_device(self.cache.targets(batch.rows), logits),
@@ -104,6 +114,12 @@ class _CachedTeacherLoss:
             temperature=self.options.temperature,
             divergence=self.options.divergence,
         )
+        if with_hidden:
+            hidden = self.cache.hidden(batch.rows).to(logits.device)
+            cosine = hidden_cosine(output.hidden_states[-1], hidden, batch.attention_mask)
+            loss = loss + self.options.cosine_weight * cosine
+            figures["hidden_cosine_distance"] = cosine.item()
+        return loss, figures
 
 
 def _on_device(targets: SoftTargets | DenseTargets, like: Tensor) -> SoftTargets | DenseTargets:

@@ -63,6 +63,35 @@ def test_student_comes_closer_by_every_divergence(tmp_path, divergence):
     assert kl(teacher, student, fresh) < 0.9 * before
 
 
+def test_hidden_states_come_closer_in_direction(tmp_path):
+    teacher, examples = tiny_llama(layers=3), token_rows(240)
+    cache = cached(tmp_path, teacher, examples, hidden_states="last")
+    student = initialise_student(teacher, (0,))
+    training = replace(TRAINING, batch_rows=8, learning_rate=3e-3)
+    options = replace(OPTIONS, soft_weight=0.0, cosine_weight=2.0, training=training)
+    history = distill(student, examples, cache, options)
+    distances = history.figures["hidden_cosine_distance"]
+    assert history.loss == pytest.approx([2 * each for each in distances])
+    assert distances[-1] < 0.7 * distances[0]
+    with torch.no_grad():
+        arguments = {"input_ids": examples.input_ids, "output_hidden_states": True}
+        theirs, ours = (m(**arguments).hidden_states[-1] for m in (teacher, student))
+    expected = 1 - torch.nn.functional.cosine_similarity(ours, theirs, dim=-1).mean().item()
+    still = replace(training, steps=1, batch_rows=240, learning_rate=1e-30, weight_decay=0.0)
+    history = distill(student, examples, cache, replace(options, training=still))
+    # The cache holds halves.
+    assert history.figures["hidden_cosine_distance"] == [pytest.approx(expected, abs=1e-4)]
+
+
+def test_the_cosine_needs_hidden_states(tmp_path):
+    teacher, examples = tiny_llama(layers=3), token_rows(8)
+    cache = cached(tmp_path, teacher, examples)
+    with pytest.raises(MismatchError, match="holds no hidden states"):
+        distill(
+            initialise_student(teacher, (0,)), examples, cache, replace(OPTIONS, cosine_weight=1.0)
+        )
+
+
 def test_gradient_from_drawn_targets_is_unbiased(tmp_path):
     teacher, examples = tiny_llama(layers=3), token_rows(2, 8)
     student = initialise_student(teacher, (0,))
@@ -167,7 +196,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
         distill(student, examples, cache, replace(OPTIONS, temperature=3.0))
     with pytest.raises(MismatchError, match="64 words or labels, the student 70"):
         distill(tiny_llama(vocab=70), examples, cache, OPTIONS)
-    with pytest.raises(RecipeError, match="both 0"):
+    with pytest.raises(RecipeError, match="cosine_weight are 0"):
         distill(student, examples, cache, replace(OPTIONS, soft_weight=0.0))
 
 
