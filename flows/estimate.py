@@ -101,8 +101,8 @@ def estimate(order: Order, recipe: Recipe, teacher: Shape | None) -> Estimate:
         case "cache_teacher":
             need = _need(
                 PASSES["forward"] * train * teacher.parameters,
-                teacher.parameters,
-                rows * teacher.vocabulary,
+                recipe.execution.cache_workers * teacher.parameters,
+                recipe.execution.cache_workers * rows * teacher.vocabulary,
             )
         case "tune_teacher" | "distill_student":
             model = teacher if order.stage.name == "tune_teacher" else student

@@ -74,7 +74,8 @@ class Orders(Generic[A]):
         """Order the teacher's outputs on the training rows."""
         section = as_json(distillation.cache) | {"temperature": distillation.temperature}
         inputs = {"teacher": teacher, "data": data}
-        return self._order(CACHE_TEACHER, "cache teacher", section, inputs)
+        workers = {"workers": self.recipe.execution.cache_workers}
+        return self._order(CACHE_TEACHER, "cache teacher", section, inputs, workers)
 
     def distill_student(
         self, title: str, distillation: Distillation, teacher: A, data: A, cache: A | None

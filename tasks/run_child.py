@@ -13,11 +13,9 @@ from pathlib import Path
 
 from stillroom.errors import OutOfMemoryError, StageError, StoreError
 from stillroom.progress import Progress
-from tasks.child import FAILED, Request, error_from
+from tasks.child import Request
+from tasks.processes import FAILED, child_environment, end_child, error_from, last_line
 from tasks.store.record import Record
-
-ROOT = Path(__file__).parents[1]
-GRACE_SECONDS = 5
 
 
 def run_child(request: Request, scratch_root: Path, progress: Progress) -> Record:
@@ -43,8 +41,7 @@ def run_child(request: Request, scratch_root: Path, progress: Progress) -> Recor
                 "sequence_length, or on a larger machine"
             )
         log = _keep_log(folder, scratch_root / "logs" / f"{request.order.key[:12]}.log")
-        lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-        raise StageError(f"{title} ended with code {code}: {lines[-1][:300]}; its log is {log}")
+        raise StageError(f"{title} ended with code {code}: {last_line(log)}; its log is {log}")
 
 
 def _keep_log(folder: Path, log: Path) -> Path:
@@ -53,14 +50,6 @@ def _keep_log(folder: Path, log: Path) -> Path:
 
 
 def _run(folder: Path, threads: int, progress: Progress) -> int:
-    paths = [str(ROOT), str(ROOT / "compression"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "OMP_NUM_THREADS": str(threads),
-        # Threads without work wait asleep: by default they burn 10 ms of a processor each time.
-        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
     command = [sys.executable, "-m", "tasks.child", str(folder), str(os.getpid())]
     with (
         (folder / "stderr.log").open("wb") as log,
@@ -69,7 +58,7 @@ def _run(folder: Path, threads: int, progress: Progress) -> int:
             stdout=subprocess.PIPE,
             stderr=log,
             stdin=subprocess.DEVNULL,
-            env=environment,
+            env=child_environment(threads),
             text=True,
         ) as child,
     ):
@@ -80,18 +69,7 @@ def _run(folder: Path, threads: int, progress: Progress) -> int:
                 progress(done, total, unit, note)
             return child.wait()
         finally:
-            _end(child)
-
-
-def _end(child: subprocess.Popen[str]) -> None:
-    """End the child where the flow was cancelled; its checkpoints stay."""
-    if child.poll() is None:
-        child.terminate()
-        try:
-            child.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+            end_child(child)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bench:
-    """A stage's order, its inputs as folders by role, and an empty folder for what comes of it."""
+    """A stage's order, its inputs as folders by role, and an empty folder for what comes of it.
+
+    `store_url` is the address of the store that keeps the checkpoints, for processes that help.
+    """
 
     order: Order
     inputs: dict[str, Path]
@@ -29,6 +32,7 @@ class Bench:
     output: Path
     checkpoints: Checkpoints
     progress: Progress
+    store_url: str = ""
 
     @property
     def section(self) -> dict[str, Any]:

@@ -1,38 +1,35 @@
 """Run the teacher once over the training rows, and keep what it said."""
 
-from stillroom.data.prepare import load_prepared
 from stillroom.distillation.inspection import CacheReport, inspect_cache
-from stillroom.distillation.teacher_cache import CacheOptions, capture
-from stillroom.models import load_tokenizer, tokenizer_hash
+from stillroom.distillation.teacher_cache import gather
+from tasks.cache_pool import share_capture
+from tasks.cache_worker import plan_capture
 from tasks.work.bench import Bench, Result
 
 
 def work(bench: Bench) -> Result:
-    """Write the teacher's targets, shard by shard."""
-    section, folder = bench.section, bench.inputs["teacher"]
-    options = CacheOptions(
-        kind=section["kind"],
-        head=section["head"],
-        draws=section["draws"],
-        temperature=section["temperature"],
-        rows_per_shard=section["rows_per_shard"],
-        batch_rows=section["batch_rows"],
-        seed=bench.order.seed,
-        audit_rows=section["audit_rows"],
-        hidden_states=section["hidden_states"],
-    )
-    train = load_prepared(bench.inputs["data"]).train
-    capture(
-        bench.load(folder),
-        train,
+    """Write the teacher's targets, shard by shard, with as many workers as the recipe says.
+
+    What a lost worker leaves undone is made here, on the threads that a worker has: their number
+    may change the last bits.
+    """
+    import torch
+
+    plan = plan_capture(bench.order, bench.inputs)
+    workers, metrics = bench.order.unkeyed.get("workers", 1), {}
+    if workers > 1:
+        threads = max(1, torch.get_num_threads() // workers)
+        metrics["lost_workers"] = float(share_capture(bench, plan, workers, threads))
+        torch.set_num_threads(threads)
+    gather(
+        plan,
         bench.output,
-        options,
-        tokenizer_hash=tokenizer_hash(load_tokenizer(folder)),
-        fingerprint=bench.order.inputs["teacher"],
-        checkpoints=bench.checkpoints,
+        bench.checkpoints,
+        lambda: bench.load(bench.inputs["teacher"]),
         progress=bench.progress,
     )
-    metrics = {"tokens": float(train.tokens)} | _metrics(inspect_cache(bench.output), train.tokens)
+    tokens = plan.examples.tokens
+    metrics |= {"tokens": float(tokens)} | _metrics(inspect_cache(bench.output), tokens)
     return Result(licence=bench.licence("teacher"), metrics=metrics)
 
 

@@ -12,9 +12,10 @@ import pytest
 
 from stillroom.errors import OutOfMemoryError, SourceError, StageError, StoreError
 from stillroom.progress import silent
-from tasks.child import FAILED, Request
+from tasks.child import Request
 from tasks.explain import explain
-from tasks.run_child import ROOT, run_child
+from tasks.processes import FAILED, ROOT
+from tasks.run_child import run_child
 from tasks.sources import Source
 from tasks.stages import IMPORT_MODEL, Order
 

@@ -153,3 +153,6 @@ class Execution(Section):
     """What the models are computed on; a machine without it refuses the recipe."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads of one stage; absent: one a processor. The same number gives the same bytes."""
+    cache_workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that ask the teacher, each with the teacher in memory and a share of the threads;
+    their number changes nothing of what comes of it as long as that share is the same."""

@@ -1,0 +1,112 @@
+"""The process that makes shards of a teacher cache: `python -m tasks.cache_worker FOLDER PARENT`.
+
+FOLDER holds request.json. The worker takes the next piece that is neither done nor claimed, leaves
+it among the checkpoints in the store, and says so on standard output, one JSON string a line. An
+error is left as error.json. PARENT is the number of the stage's process, with which this one ends.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from stillroom.data.prepare import load_prepared
+from stillroom.distillation.teacher_cache import CacheOptions, CapturePlan, capture_pieces
+from stillroom.models import load_tokenizer, tokenizer_hash
+from stillroom.progress import silent
+from tasks.processes import FAILED, die_with_parent, leave_error, line_to_parent
+from tasks.stages import Order
+from tasks.store.claims import StoreClaims
+from tasks.work.bench import Bench
+
+
+class WorkerRequest(BaseModel):
+    """What a worker is to do: the stage's order, its inputs where they lie, and its share."""
+
+    model_config = ConfigDict(frozen=True)
+
+    order: Order
+    inputs: dict[str, Path]
+    store_url: str
+    run: str
+    """The run of the stage to which the claims belong."""
+    threads: int
+
+
+def plan_capture(order: Order, inputs: dict[str, Path]) -> CapturePlan:
+    """Return what the order asks of the teacher."""
+    section: dict[str, Any] = order.section
+    options = CacheOptions(
+        kind=section["kind"],
+        head=section["head"],
+        draws=section["draws"],
+        temperature=section["temperature"],
+        rows_per_shard=section["rows_per_shard"],
+        batch_rows=section["batch_rows"],
+        seed=order.seed,
+        audit_rows=section["audit_rows"],
+        hidden_states=section["hidden_states"],
+    )
+    return CapturePlan(
+        load_prepared(inputs["data"]).train,
+        options,
+        tokenizer_hash(load_tokenizer(inputs["teacher"])),
+        order.inputs["teacher"],
+    )
+
+
+def main(folder: Path, parent: int) -> int:
+    """Do what request.json asks; return 0, or 3 where error.json says what went wrong."""
+    die_with_parent(parent)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    request = WorkerRequest.model_validate_json((folder / "request.json").read_text())
+    line = line_to_parent()
+
+    def made(piece: str) -> None:
+        line.write(json.dumps(piece) + "\n")
+        line.flush()
+
+    try:
+        work(request, folder, made)
+    except Exception as error:
+        if not leave_error(error, request.order.title, folder):
+            raise
+        return FAILED
+    return 0
+
+
+def work(request: WorkerRequest, folder: Path, made: Callable[[str], None]) -> None:
+    """Make pieces until all are done or claimed, and call `made` after each."""
+    import torch
+
+    from tasks.store.store import open_store
+
+    torch.set_num_threads(request.threads)
+    store = open_store(request.store_url)
+    plan = plan_capture(request.order, request.inputs)
+    checkpoints = store.checkpoints(request.order.key)
+    claims = StoreClaims(store.backend, request.order.key, request.run)
+    bench = Bench(
+        order=request.order,
+        inputs=request.inputs,
+        records={},
+        scratch=folder,
+        output=folder,
+        checkpoints=checkpoints,
+        progress=silent,
+    )
+    teacher = bench.load(request.inputs["teacher"])
+    names = _next_pieces(plan, set(checkpoints.names()), claims)
+    capture_pieces(teacher, plan, names, checkpoints, made=made)
+
+
+def _next_pieces(plan: CapturePlan, done: set[str], claims: StoreClaims) -> Iterator[str]:
+    return (name for name in plan.pieces if name not in done and claims.take(name))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,85 @@
+"""How a process of ours is started, talks to its parent, says what went wrong, and is ended."""
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import stillroom.errors
+from stillroom.errors import StillroomError
+from tasks.explain import explain
+
+ROOT = Path(__file__).parents[1]
+FAILED = 3
+GRACE_SECONDS = 5
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+def child_environment(threads: int) -> dict[str, str]:
+    """Return this process's environment, for a child that computes on so many threads."""
+    paths = [str(ROOT), str(ROOT / "compression"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "OMP_NUM_THREADS": str(threads),
+        # Threads without work wait asleep: by default they burn 10 ms of a processor each time.
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def end_child(child: subprocess.Popen[str]) -> None:
+    """End a child where the work was cancelled; its checkpoints stay."""
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def die_with_parent(parent: int | None) -> None:
+    """End when the parent is killed: a rerun must not meet its own ghost."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        # It may have been killed before anyone asked to hear of it.
+        if parent is not None and os.getppid() != parent:
+            sys.exit(FAILED)
+
+
+def line_to_parent() -> TextIO:
+    """Return the standard output, for the parent alone: what a library prints goes to the log."""
+    line = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return line
+
+
+def leave_error(error: Exception, title: str, folder: Path) -> bool:
+    """Leave in error.json what the user can act on; return False for a fault of ours."""
+    explained = explain(error, title)
+    if explained is None:
+        return False
+    logging.getLogger(__name__).info("the work ended early", exc_info=error)
+    answer = {"type": type(explained).__name__, "message": str(explained)}
+    (folder / "error.json").write_text(json.dumps(answer))
+    return True
+
+
+def error_from(file: Path) -> StillroomError:
+    """Return the error that a child left in error.json."""
+    answer = json.loads(file.read_text())
+    kind = getattr(stillroom.errors, answer["type"], StillroomError)
+    error = kind(answer["message"])
+    assert isinstance(error, StillroomError)
+    return error
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a child's log, shortened."""
+    lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+    return lines[-1][:300]
