@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from stillroom.cli import main as stillroom
 from tasks.store.partial import StoreCheckpoints
 from tasks.store.record import Record
 from tests.flows.terminal import Terminal, assert_done, assert_refused, assert_sound
@@ -145,6 +146,46 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert pieces.names() == []
     assert user.versions() == 1
     assert_sound(user)
+
+
+def test_one_of_two_workers_is_killed_and_the_run_goes_on(
+    terminal: Open, finished: Terminal, recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    user = terminal(like=finished)
+    del recipe["quantization"]
+    # How many work is no part of the key: the artifact is the one that one process made.
+    recipe["execution"] = {"threads": 2, "cache_workers": 2}
+    user.write(recipe)
+    whole = made(finished, TEACHER_CACHE)
+    user.forget(whole)
+    pieces = Pieces(user, whole.key)
+    killed: list[int] = []
+
+    def kill_a_worker() -> None:
+        _until(lambda: len(pieces.names()) >= 2, pause=0.0005)
+        for process in psutil.process_iter(["cmdline", "environ"]):
+            home = (process.info["environ"] or {}).get("STILLROOM_HOME")
+            if "tasks.cache_worker" in (process.info["cmdline"] or ()) and home == str(user.home):
+                process.kill()
+                killed.append(process.pid)
+                return
+
+    killer = threading.Thread(target=kill_a_worker)
+    killer.start()
+    done = user.compress()
+    killer.join()
+    assert_done(done, (*BEFORE, STUDENT))
+    assert len(killed) == 1
+    again = made(user, TEACHER_CACHE)
+    assert again.metrics["lost_workers"] == 1
+    assert again.files == whole.files
+    assert pieces.names() == []
+    assert_sound(user)
+
+    fetched = user.type("store", "fetch", again.key[:12], "cache")
+    assert fetched.returncode == 0, fetched.stderr
+    assert stillroom(["inspect", str(user.folder / "cache")]) == 0
+    assert "sampled teacher cache: head 4, draws 8" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_named_and_repaired(

@@ -210,10 +210,11 @@ def test_a_piece_is_claimed_once_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_two_workers_take_at_most_three_fifths_of_the_time(tmp_path: Path) -> None:
     """Needs two idle processors; the start of the workers is counted."""
     before = torch.get_num_threads()
-    stage = Stage(tmp_path, tiny_llama(layers=8, hidden=512), token_rows(768, 120))
+    stage = Stage(tmp_path, tiny_llama(layers=8, hidden=512), token_rows(1920, 120))
     try:
         torch.set_num_threads(1)
         seconds = {}
