@@ -34,6 +34,18 @@ def circumstances(benchmark: str) -> dict[str, Any]:
     }
 
 
+def circumstances_line(results: dict[str, Any]) -> str:
+    """Return what `circumstances` found, as one sentence of a page."""
+    hardware, versions = results["hardware"], results["versions"]
+    return (
+        f"{results['date']}, gathered at commit {results['commit']} from rows and "
+        f"measurements that are kept until their files are deleted; {hardware['processor']}, "
+        f"{hardware['cores']} cores; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}; text {results['text']}; "
+        f"{'the long version' if results['full'] else 'the short version'}."
+    )
+
+
 def _processor(fact: str) -> str:
     """Return a line of Linux's description of the first processor."""
     try:

@@ -32,6 +32,17 @@ def at_least(claim: str, bound: float, measured: float, error: float | None = No
     return Claim(claim, bound, measured, error, measured >= bound)
 
 
+def claims_table(claims: Iterable[dict[str, Any]]) -> str:
+    """Return the claims of a results.json as a Markdown table."""
+    lines = ["| holds | claim | bound | measured |", "|---|---|---|---|"]
+    for claim in claims:
+        error = claim["standard_error"]
+        measured = f"{claim['measured']:.4g}" + ("" if error is None else f" ± {error:.2g}")
+        verdict = "yes" if claim["holds"] else "**no**"
+        lines.append(f"| {verdict} | {claim['claim']} | {claim['bound']:.4g} | {measured} |")
+    return "\n".join(lines)
+
+
 def print_claims(claims: Iterable[Claim]) -> None:
     """Print each claim with its bound and what was measured."""
     for claim in claims:

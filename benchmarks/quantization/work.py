@@ -1,6 +1,5 @@
 """The fixed work: the model, its shorter and longer versions, and the rows of text."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.depth import write_other_depth
 from benchmarks.places import data_folder
 from benchmarks.quantization.places import bench_folder
 from benchmarks.quantization.rescaling import rescale_channels
@@ -41,7 +41,7 @@ def model_folder(blocks: int = BLOCKS) -> Path:
     if blocks == BLOCKS:
         _write_rescaled(partial)
     else:
-        _write_other_depth(model_folder(), blocks, partial)
+        write_other_depth(model_folder(), blocks, partial)
     partial.rename(folder)
     return folder
 
@@ -124,23 +124,3 @@ def _write_rescaled(folder: Path) -> None:
     if change > 1e-5:
         raise ArithmeticError(f"rescaling changed the logits by {change:.1e} of the largest")
     save_model(model, load_tokenizer(shipped), folder)
-
-
-def _write_other_depth(whole: Path, blocks: int, folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(whole, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["num_hidden_layers"] = blocks
-    if "layer_types" in config:
-        config["layer_types"] = [config["layer_types"][i % BLOCKS] for i in range(blocks)]
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    state = load_file(folder / "model.safetensors")
-    prefix = "model.layers."
-    chosen = {name: each for name, each in state.items() if not name.startswith(prefix)}
-    for index in range(blocks):
-        own = f"{prefix}{index % BLOCKS}."
-        for name, each in state.items():
-            if name.startswith(own):
-                chosen[f"{prefix}{index}.{name.removeprefix(own)}"] = each.clone()
-    save_file(chosen, folder / "model.safetensors", metadata={"format": "pt"})

@@ -207,24 +207,3 @@ def test_a_piece_is_claimed_once_a_run(tmp_path: Path) -> None:
     assert store.checkpoints(key).names() == []
     store.discard_checkpoints(key)
     assert first.taken() == []
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_two_workers_take_at_most_three_fifths_of_the_time(tmp_path: Path) -> None:
-    """Needs two idle processors; the start of the workers is counted."""
-    before = torch.get_num_threads()
-    stage = Stage(tmp_path, tiny_llama(layers=8, hidden=512), token_rows(1920, 120))
-    try:
-        torch.set_num_threads(1)
-        seconds = {}
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            began = time.monotonic()
-            stage.run(f"with-{count}", count, rows_per_shard=16)
-            seconds[count] = time.monotonic() - began
-    finally:
-        torch.set_num_threads(before)
-    print(f"one thread: {seconds[1]:.1f} s, two workers of one each: {seconds[2]:.1f} s")
-    assert stage.files("with-1") == stage.files("with-2")
-    assert seconds[2] <= 0.6 * seconds[1]
