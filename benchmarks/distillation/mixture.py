@@ -131,7 +131,7 @@ def _mixture(seed: int) -> Any:
 def _student(teacher: Any, cached: TeacherCache, recipe: Recipe, seed: int) -> Any:
     torch.manual_seed(seed + 1)
     if recipe.start == "teacher":
-        student = dense_student(teacher)
+        student = dense_student(teacher, "mean")
     else:
         student = Qwen3ForCausalLM(Qwen3Config(**SHAPE))
     options = DistillationOptions(_training(seed), recipe.soft_weight, recipe.hard_weight)

@@ -7,14 +7,12 @@ from transformers import PreTrainedModel
 from stillroom.blocks import find_blocks
 from stillroom.data.prepare import PreparedData, load_prepared
 from stillroom.distillation.cache_files import TeacherCache
-from stillroom.distillation.dense_student import count_choices, dense_student
+from stillroom.distillation.dense_student import dense_student
 from stillroom.distillation.distill import DistillationOptions, distill
 from stillroom.distillation.student import choose_layers, initialise_student, load_student
 from stillroom.models import load_tokenizer
 from tasks.work.bench import Bench, Result
 from tasks.work.training import save_trained, training_options
-
-CALIBRATION_BATCH = 4  # rows
 
 
 def work(bench: Bench) -> Result:
@@ -49,10 +47,7 @@ def _initial_student(bench: Bench, data: PreparedData) -> PreTrainedModel:
     section, folder = bench.section["student"], bench.inputs["teacher"]
     if section["experts"]:
         teacher = bench.load(folder)
-        counts = None
-        if section["experts"] == "most_used":
-            counts = count_choices(teacher, data.calibration, CALIBRATION_BATCH)
-        teacher = dense_student(teacher, section["experts"], counts)
+        teacher = dense_student(teacher, section["experts"], data.calibration)
         return initialise_student(teacher, _layers(section, teacher))
     teacher, blocks = bench.open_streamed(folder)
     return load_student(teacher, blocks, _layers(section, teacher))

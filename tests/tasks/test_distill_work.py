@@ -14,9 +14,9 @@ from stillroom.progress import silent
 from tasks.stages import DISTILL_STUDENT, Order, as_json
 from tasks.work import distill_student
 from tasks.work.bench import Bench
-from tests.stillroom.distillation.test_dense_student import made
 from tests.stillroom.rows import token_rows
 from tests.stillroom.tiny import tiny_llama, tiny_tokenizer
+from tests.stillroom.tiny_mixtures import tiny_mixtral
 
 
 @pytest.fixture
@@ -57,16 +57,16 @@ def test_a_student_has_some_layers_of_its_teacher(distil: Any) -> None:
 
 @pytest.mark.parametrize("experts", ["mean", "most_used"])
 def test_a_mixture_becomes_dense_where_the_recipe_says_so(distil: Any, experts: str) -> None:
-    student = distil(made("mixtral"), layers=1, experts=experts)
+    student = distil(tiny_mixtral(), layers=1, experts=experts)
     assert type(student).__name__ == "MistralForCausalLM"
     assert student.config.num_hidden_layers == 1
 
 
 def test_a_mixture_stays_one_otherwise(distil: Any) -> None:
-    student = distil(made("mixtral"), layers=1)
+    student = distil(tiny_mixtral(), layers=1)
     assert type(student).__name__ == "MixtralForCausalLM"
 
 
 def test_a_dense_teacher_has_no_experts(distil: Any) -> None:
-    with pytest.raises(RecipeError, match="expected a Switch, Mixtral or Qwen3-MoE teacher, Llama"):
+    with pytest.raises(RecipeError, match="LlamaForCausalLM came, which has no experts"):
         distil(tiny_llama(layers=3), layers=1, experts="mean")
