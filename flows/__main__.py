@@ -111,7 +111,7 @@ def _store(options: argparse.Namespace) -> int:
     settings = Settings()
 
     def registered() -> set[str]:
-        from tasks.registry import registered_keys
+        from tasks.registered import registered_keys
         from tasks.tracking import connect
 
         return registered_keys(connect(settings.tracking_uri))

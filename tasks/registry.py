@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.contents import BaseReference, Contents, Kind, Task, list_files
-from stillroom.errors import MismatchError, ServiceUnreachableError, SourceError
-from stillroom.pull import fetch, find, reaching
+from stillroom.errors import MismatchError, SourceError
+from stillroom.pull import reaching
 from tasks.model_lock import model_lock
-from tasks.tracking import TAG_KEY, TAG_KIND, connect
+from tasks.tracking import TAG_KEY, TAG_KIND
 
 TAG_BASE_KEY = "stillroom.base_key"
 TAG_BASE = "stillroom.base"
@@ -26,7 +26,6 @@ TAG_LICENCE = "stillroom.licence"
 TAG_TASK = "stillroom.task"
 
 READY_SECONDS = 600
-VERSIONS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -149,70 +148,6 @@ def move_alias(
 
 def _bears(now: Registered | None, registered: Registered) -> bool:
     return now is not None and now.version == registered.version
-
-
-def registered_keys(client: Any) -> set[str]:
-    """Return the artifact keys of all registered versions and of the bases they sit on.
-
-    Raises:
-        ServiceUnreachableError: MLflow cannot be asked, so nothing is known to be unregistered.
-    """
-    from mlflow.exceptions import MlflowException
-
-    keys: set[str] = set()
-    token = None
-    try:
-        while True:
-            page = client.search_model_versions(max_results=VERSIONS_AT_ONCE, page_token=token)
-            for version in page:
-                keys |= {
-                    version.tags[tag] for tag in (TAG_KEY, TAG_BASE_KEY) if tag in version.tags
-                }
-            token = page.token
-            if not token:
-                return keys - {""}
-    except MlflowException as error:
-        raise ServiceUnreachableError(
-            f"MLflow did not say which artifacts are registered ({str(error)[:200]}): nothing may "
-            "be removed until it does"
-        ) from error
-
-
-def find_version(reference: str) -> tuple[str, str, str] | None:
-    """Return name, version and content identity of a registered reference, or None.
-
-    Raises:
-        ServiceUnreachableError: MLflow does not answer.
-    """
-    client = _here()
-    try:
-        version = find(client, reference)
-    except SourceError:
-        return None
-    with reaching(client.tracking_uri):
-        found = client.get_model_version(version.name, version.version)
-    identity = found.tags.get(TAG_CONTENT) or f"{version}:{found.source}"
-    return version.name, version.version, identity
-
-
-def download_version(reference: str, folder: Path) -> Path:
-    """Return a folder with the verified files of a registered base.
-
-    Raises:
-        SourceError: there is no such version, or it is an adapter.
-    """
-    client = _here()
-    target = folder / "model"
-    folder.mkdir(parents=True, exist_ok=True)
-    if fetch(client, find(client, reference), target).kind != "base":
-        raise SourceError(f"{reference} is an adapter; name the model it sits on, or a merged one")
-    return target
-
-
-def _here() -> Any:
-    from tasks.settings import Settings
-
-    return connect(Settings().tracking_uri)
 
 
 def _register(

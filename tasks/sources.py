@@ -123,7 +123,7 @@ def registry_version(reference: str) -> tuple[str, str, str]:
     Raises:
         SourceError: MLflow knows no such version.
     """
-    from tasks.registry import find_version
+    from tasks.registered import find_version
 
     found = find_version(reference)
     if found is None:
@@ -143,7 +143,7 @@ def fetch_folder(source: Source, folder: Path) -> Path:
         case "s3":
             path = _fetch_s3(source.reference, folder)
         case "registry":
-            from tasks.registry import download_version
+            from tasks.registered import download_version
 
             return download_version(source.reference, folder)
         case _:

@@ -26,6 +26,8 @@ WITHOUT_EFFECT = (
     "stillroom.progress",
     "stillroom.checkpoint",
     "stillroom.config",
+    "tasks.mlflow_batches",
+    "tasks.registered",
     "tasks.registry",
     "tasks.settings",
     "tasks.sources",

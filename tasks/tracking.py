@@ -4,11 +4,8 @@ A client is passed from call to call; nothing here touches MLflow's "active run"
 """
 
 import logging
-import math
 import os
-import re
 import tempfile
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +15,7 @@ from urllib.parse import unquote
 from stillroom.errors import RecipeError
 from stillroom.pull import open_client, reaching
 from stillroom.redaction import redact
+from tasks.mlflow_batches import flatten, log_batches
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -33,11 +31,6 @@ TAG_CACHED = "stillroom.cached"
 TAG_ERROR = "stillroom.error"
 TAG_COMMIT = "mlflow.source.git.commit"
 TAG_PARENT = "mlflow.parentRunId"
-
-# Bounds of MLflow's log_batch.
-LONGEST_VALUE = 500
-PARAMS_AT_ONCE = 100
-METRICS_AT_ONCE = 900
 
 
 @dataclass(frozen=True)
@@ -152,7 +145,7 @@ def begin_parent_run(
             return ParentRun(found.info.run_id, experiment_id, flow_run_id, git_commit)
         all_tags = {**_clean_tags(tags or {}), **parent_tags, **_commit_tag(git_commit)}
         run = client.create_run(experiment_id, run_name=name, tags=all_tags)
-        _log(client, run.info.run_id, flatten(recipe), {}, ())
+        log_batches(client, run.info.run_id, flatten(recipe), {}, ())
         _log_recipe(client, run.info.run_id, recipe)
     return ParentRun(run.info.run_id, experiment_id, flow_run_id, git_commit, is_new=True)
 
@@ -185,9 +178,9 @@ def log_stage(client: Any, parent: ParentRun, record: StageRecord) -> str:
         else:
             # A parameter that is there already cannot be changed.
             params = {name: value for name, value in params.items() if name not in run.data.params}
-            _log(client, run.info.run_id, {}, {}, (), tags)
+            log_batches(client, run.info.run_id, {}, {}, (), tags)
         run_id = cast(str, run.info.run_id)
-        _log(client, run_id, params, record.metrics, record.history)
+        log_batches(client, run_id, params, record.metrics, record.history)
         for path in record.files:
             log_file(client, run_id, path)
         client.set_terminated(run_id, record.status)
@@ -205,7 +198,7 @@ def end_parent_run(
     """Close the run of a flow run, with the figures and links that sum it up."""
     with reaching(client.tracking_uri):
         if metrics or tags:
-            _log(client, parent.run_id, {}, metrics or {}, (), _clean_tags(tags or {}))
+            log_batches(client, parent.run_id, {}, metrics or {}, (), _clean_tags(tags or {}))
         client.set_terminated(parent.run_id, status)
 
 
@@ -226,63 +219,12 @@ def run_link(tracking_uri: str, experiment_id: str, run_id: str) -> str:
     return f"`mlflow server --backend-store-uri {redact(unquote(tracking_uri))}`, then {page}"
 
 
-def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return a nested section as parameters: dotted names, credentials taken out, values cut."""
-    flat: dict[str, str] = {}
-    for key, value in section.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{name}.")
-        elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
-            for i, item in enumerate(value):
-                flat |= flatten({str(item.get("name", i)): item}, f"{name}.")
-        else:
-            text = redact(str(value))
-            cut = len(text) > LONGEST_VALUE
-            flat[_allowed(name)] = f"{text[: LONGEST_VALUE - 1]}…" if cut else text
-    return flat
-
-
 def _find_run(client: Any, experiment_id: str, tags: Mapping[str, str]) -> Any:
     conditions = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
     found = client.search_runs(
         [experiment_id], conditions, max_results=1, order_by=["attributes.start_time ASC"]
     )
     return found[0] if found else None
-
-
-def _log(
-    client: Any,
-    run_id: str,
-    params: Mapping[str, str],
-    metrics: Mapping[str, float],
-    history: Iterable[tuple[int, Mapping[str, float]]],
-    tags: Mapping[str, str] | None = None,
-) -> None:
-    from mlflow.entities import Metric, Param, RunTag
-
-    now = int(time.time() * 1000)
-    points = [Metric(_allowed(name), _number(value), now, 0) for name, value in metrics.items()]
-    points += [
-        Metric(_allowed(name), _number(value), now, step)
-        for step, measured in history
-        for name, value in measured.items()
-    ]
-    parameters = [Param(name, value) for name, value in params.items()]
-    run_tags = [RunTag(name, value) for name, value in (tags or {}).items()]
-    param_parts = _parts(parameters, PARAMS_AT_ONCE)
-    metric_parts = _parts(points, METRICS_AT_ONCE)
-    for i in range(max(len(param_parts), len(metric_parts), 1 if run_tags else 0)):
-        client.log_batch(
-            run_id,
-            params=param_parts[i] if i < len(param_parts) else [],
-            metrics=metric_parts[i] if i < len(metric_parts) else [],
-            tags=run_tags if i == 0 else [],
-        )
-
-
-def _parts(items: list[Any], size: int) -> list[list[Any]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _log_recipe(client: Any, run_id: str, recipe: Mapping[str, Any]) -> None:
@@ -300,16 +242,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-def _allowed(name: str) -> str:
-    """Return `name` with what MLflow refuses in the names of metrics and parameters replaced."""
-    return re.sub(r"[^/\w.\- :]", "_", name)[:250]
-
-
-def _number(value: float) -> float:
-    # MLflow stores infinity as the largest float, which reads like a measurement.
-    return float("nan") if math.isinf(value) else float(value)
 
 
 def _clean_tags(tags: Mapping[str, str]) -> dict[str, str]:

@@ -14,12 +14,12 @@ import pytest
 from stillroom.contents import list_files
 from stillroom.errors import ServiceUnreachableError
 from stillroom.pull import pull
+from tasks.registered import registered_keys
 from tasks.registry import (
     champion,
     move_alias,
     register_adapter,
     register_base,
-    registered_keys,
 )
 from tasks.tracking import (
     StageRecord,

@@ -12,20 +12,18 @@ import torch
 from mlflow.exceptions import MlflowException
 
 import tasks.model_lock
-import tasks.registry
+import tasks.registered
 from stillroom.adapters.lora import load_adapter
 from stillroom.errors import MismatchError, ServiceUnreachableError, SourceError
 from stillroom.models import load_model
 from tasks.model_lock import model_lock
+from tasks.registered import download_version, find_version, registered_keys
 from tasks.registry import (
     Registered,
     champion,
-    download_version,
-    find_version,
     move_alias,
     register_adapter,
     register_base,
-    registered_keys,
     tag_gates,
 )
 from tests.registering import (
@@ -290,7 +288,7 @@ def test_lock_of_a_killed_process_is_taken_down(
 def test_registered_keys_hold_what_gc_must_spare(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks.registry, "VERSIONS_AT_ONCE", 1)
+    monkeypatch.setattr(tasks.registered, "VERSIONS_AT_ONCE", 1)
     base, adapter = register_pair(place)
     assert registered_keys(place.client) == {base.artifact_key, adapter.artifact_key}
 

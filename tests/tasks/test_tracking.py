@@ -11,13 +11,13 @@ import yaml
 
 from stillroom.errors import RecipeError, ServiceUnreachableError
 from stillroom.redaction import redact
+from tasks.mlflow_batches import flatten
 from tasks.tracking import (
     StageRecord,
     begin_parent_run,
     connect,
     end_parent_run,
     ensure_experiment,
-    flatten,
     log_stage,
 )
 from tests.registering import Place, new_database, new_place
