@@ -24,7 +24,7 @@ from stillroom.training.options import TrainingOptions
 
 @dataclass(frozen=True)
 class DistillationOptions:
-    """Weights of the two parts of the loss, the temperature of both models, and the loop.
+    """Weights of the three parts of the loss, the temperature of both models, and the loop.
 
     The loss is soft_weight · T² · divergence(teacher, student) + hard_weight · cross-entropy +
     cosine_weight · (1 − cosine of the last hidden states). Other divergences than "kl" and

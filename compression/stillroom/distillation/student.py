@@ -47,7 +47,8 @@ def initialise_student(teacher: Model, layers: tuple[int, ...]) -> Model:
     lists with one entry a layer, so the student saves and loads as any model of its kind.
 
     Raises:
-        RecipeError: a layer is out of range or named twice, or the order is not ascending.
+        RecipeError: a layer is out of range or named twice, or the order is not ascending; or no
+            config of the teacher's kind says which layers are left.
     """
     _, blocks = find_blocks(teacher)
     _check_layers(layers, len(blocks))
@@ -69,7 +70,7 @@ def load_student(model: Model, blocks: OnDisk, layers: tuple[int, ...]) -> Model
     size, not on the teacher's. Otherwise as `initialise_student`.
 
     Raises:
-        RecipeError: a layer is out of range or named twice, or the order is not ascending.
+        what `initialise_student` raises.
     """
     name, all_blocks = find_blocks(model)
     _check_layers(layers, len(all_blocks))
@@ -90,6 +91,7 @@ def _keep(model: PreTrainedModel, blocks: nn.ModuleList, layers: tuple[int, ...]
             if hasattr(module, "layer_idx"):
                 module.layer_idx = position  # type: ignore[assignment]
     _shrink_config(model.config, layers, total)
+    _check_config(model, layers)
     model.requires_grad_(True)
 
 
@@ -101,6 +103,26 @@ def _check_layers(layers: tuple[int, ...], total: int) -> None:
     if layers[0] < 0 or layers[-1] >= total:
         raise RecipeError(
             f"student.layers: the teacher's layers are 0 to {total - 1}, got {list(layers)}"
+        )
+
+
+def _check_config(model: PreTrainedModel, layers: tuple[int, ...]) -> None:
+    """Refuse a student that would not load as what it is: hours of training would be lost."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        loaded = type(model)(copy.deepcopy(model.config))
+    shapes, expected = (
+        {name: value.shape for name, value in each.state_dict().items()} for each in (model, loaded)
+    )
+    if shapes != expected:
+        differing = sorted(
+            name for name in shapes | expected if shapes.get(name) != expected.get(name)
+        )
+        raise RecipeError(
+            f"student.layers: a {type(model).__name__} with the layers {list(layers)} alone would "
+            f"load as another model, because its config cannot say that ({differing[0]} differs): "
+            "take layers whose kinds alternate as the teacher's do, or a teacher of one stack"
         )
 
 

@@ -11,6 +11,7 @@ from stillroom.streamed import open_streamed
 from tests.stillroom.rows import token_rows
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
 from tests.stillroom.tiny_decoders import tiny_gpt2, tiny_qwen2
+from tests.stillroom.tiny_mixtures import tiny_qwen3_moe, tiny_switch
 
 DECODERS = {"llama": lambda: tiny_llama(layers=4), "gpt2": tiny_gpt2, "qwen2": tiny_qwen2}
 MODELS = DECODERS | {"bert": lambda: tiny_bert_classifier(layers=4)}
@@ -70,6 +71,28 @@ def test_a_student_that_is_read_from_disk_is_the_one_that_is_copied(kind, tmp_pa
     assert student.config.to_dict() | {"_name_or_path": ""} == copied.config.to_dict() | {
         "_name_or_path": ""
     }
+
+
+@pytest.mark.parametrize(
+    ("teacher", "layers"),
+    [
+        # Every second layer is sparse; the config counts from the student's first.
+        (lambda: tiny_qwen3_moe(decoder_sparse_step=2), (0, 2)),
+        # Of an encoder and a decoder only one is cut.
+        (tiny_switch, (0, 1)),
+    ],
+    ids=["alternating", "two stacks"],
+)
+def test_a_student_that_would_load_as_another_model_is_refused(teacher, layers):
+    with pytest.raises(RecipeError, match=r"would load as another model, .* differs"):
+        initialise_student(teacher(), layers)
+
+
+def test_layers_that_alternate_as_the_teachers_make_a_student(tmp_path):
+    student = initialise_student(tiny_qwen3_moe(decoder_sparse_step=2), (2, 3))
+    student.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again), logits(student))
 
 
 @pytest.mark.parametrize("kind", MODELS)
