@@ -12,10 +12,10 @@ from benchmarks.distillation.work import (
     held_out_kl,
     load_teacher,
     new_student,
-    text_source,
     train_rows,
     training,
 )
+from benchmarks.text import text_source
 from stillroom.distillation.distill import DistillationOptions, distill
 from stillroom.distillation.teacher_cache import CacheOptions, TeacherCache, capture
 from stillroom.training.loop import train

@@ -1,4 +1,4 @@
-"""SmolLM2 with a half and two thirds of its layers left out, from one cache."""
+"""SmolLM2 with a third, a half and two thirds of its layers left out, from one cache."""
 
 import math
 from typing import Any
@@ -13,10 +13,10 @@ from benchmarks.distillation.work import (
     load_teacher,
     new_student,
     test_rows,
-    text_source,
     train_rows,
     training,
 )
+from benchmarks.text import text_source
 from stillroom.distillation.distill import DistillationOptions, distill
 from stillroom.fine_tuning import measure
 

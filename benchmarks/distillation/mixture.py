@@ -10,7 +10,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from benchmarks.claims import at_least, write_measure
 from benchmarks.distillation.places import bench_folder, measure_path
-from benchmarks.distillation.work import FULL, text_source, texts
+from benchmarks.distillation.work import FULL
+from benchmarks.text import text_source, texts
 from stillroom.data.examples import Examples
 from stillroom.distillation.dense_student import dense_student
 from stillroom.distillation.distill import DistillationOptions, distill

@@ -15,11 +15,11 @@ from benchmarks.distillation.work import (
     TEACHER_LAYERS,
     load_teacher,
     teacher_folder,
-    text_source,
     train_rows,
     training,
 )
 from benchmarks.places import ROOT
+from benchmarks.text import text_source
 from stillroom.distillation.cache_files import TeacherCache
 from stillroom.distillation.distill import DistillationOptions, distill
 from stillroom.distillation.student import load_student

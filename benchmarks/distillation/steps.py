@@ -14,10 +14,10 @@ from benchmarks.distillation.work import (
     BATCH,
     load_teacher,
     new_student,
-    text_source,
     train_rows,
     training,
 )
+from benchmarks.text import text_source
 from stillroom.distillation.distill import DistillationOptions, distill
 from stillroom.distillation.teacher_cache import TeacherCache
 from stillroom.training.loop import train

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.distillation.places import bench_folder
-from benchmarks.places import data_folder
+from benchmarks.text import texts
 from stillroom.builtin import import_builtin
 from stillroom.data.examples import Examples
 from stillroom.distillation.losses import dense_kl, next_labels
@@ -77,11 +77,6 @@ def held_out_kl(teacher: Any, student: Any) -> list[float]:
     return found
 
 
-def text_source() -> str:
-    """Return where the text comes from, for the results."""
-    return "WikiText-2" if (data_folder() / "wikitext2").exists() else "pydoc_data.topics"
-
-
 def _rows(side: int, wanted: int) -> Examples:
     tokenizer = load_tokenizer(teacher_folder())
     ids: Tensor = tokenizer(texts()[side], verbose=False, return_tensors="pt")["input_ids"][0]
@@ -91,15 +86,3 @@ def _rows(side: int, wanted: int) -> Examples:
     return Examples(
         rows, torch.ones_like(rows), rows, torch.arange(len(rows)), tokenizer_hash(tokenizer)
     )
-
-
-def texts() -> tuple[str, str]:
-    """Return the text to learn from, and another to measure on."""
-    folder = data_folder() / "wikitext2"
-    if folder.exists():
-        return (folder / "valid.txt").read_text(), (folder / "test.txt").read_text()
-    from pydoc_data.topics import topics
-
-    half = len(topics) // 2
-    texts = list(topics.values())
-    return "\n".join(texts[:half]), "\n".join(texts[half:])

@@ -13,7 +13,8 @@ from benchmarks.quantization.measures import keep, measure_path
 from benchmarks.quantization.places import HERE, bench_folder
 from benchmarks.quantization.rows import read_row
 from benchmarks.quantization.summary import summarise
-from benchmarks.quantization.work import CALIBRATION_ROWS, LENGTH, text_source
+from benchmarks.quantization.work import CALIBRATION_ROWS, LENGTH
+from benchmarks.text import text_source
 
 RESULTS = HERE / "results.json"
 PAGE = HERE / "RESULTS.md"

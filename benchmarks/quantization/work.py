@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.depth import write_other_depth
-from benchmarks.places import data_folder
 from benchmarks.quantization.places import bench_folder
 from benchmarks.quantization.rescaling import rescale_channels
+from benchmarks.text import texts
 
 LENGTH = 512  # tokens a row
 CALIBRATION_ROWS = 16
@@ -79,29 +79,12 @@ def _tokenised() -> dict[str, Tensor]:
     from stillroom.models import load_tokenizer
 
     tokenizer = load_tokenizer(model_folder())
-    valid, test = (_chunks(tokenizer, text) for text in _texts())
+    valid, test = (_chunks(tokenizer, text) for text in texts())
     order = torch.randperm(len(valid), generator=torch.Generator().manual_seed(SEED))
     draws = order[: DRAWS * CALIBRATION_ROWS].view(DRAWS, CALIBRATION_ROWS)
     spread = torch.linspace(0, len(test) - 1, TEST_ROWS).long()
     calibration = {f"calibration_{i}": valid[draw].clone() for i, draw in enumerate(draws)}
     return calibration | {"test": test[spread].clone()}
-
-
-def _texts() -> tuple[str, str]:
-    """Return the calibration and the test text."""
-    folder = data_folder() / "wikitext2"
-    if folder.exists():
-        return (folder / "valid.txt").read_text(), (folder / "test.txt").read_text()
-    from pydoc_data.topics import topics
-
-    half = len(topics) // 2
-    texts = list(topics.values())
-    return "\n".join(texts[:half]), "\n".join(texts[half:])
-
-
-def text_source() -> str:
-    """Return where the text comes from, for the results."""
-    return "WikiText-2" if (data_folder() / "wikitext2").exists() else "pydoc_data.topics"
 
 
 def _chunks(tokenizer: object, text: str) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from benchmarks.comparison import paired_difference, paired_ratio
 from benchmarks.phrases import clustered_loss, split_by_sentence
@@ -23,21 +23,6 @@ from benchmarks.quantization.results import PAGE, RESULTS
 from benchmarks.quantization.rows import payload_bytes
 from benchmarks.quantization.summary import summarise
 from benchmarks.quantization.work import Rows
-
-
-@pytest.fixture
-def tiny() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def test_rescaling_keeps_the_function_and_changes_every_linear(tiny: LlamaForCausalLM) -> None:

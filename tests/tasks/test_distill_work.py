@@ -6,17 +6,15 @@ from typing import Any
 
 import pytest
 
-from stillroom.checkpoint import NoCheckpoints
 from stillroom.config import Distillation
 from stillroom.errors import RecipeError
 from stillroom.models import load_model, save_model
-from stillroom.progress import silent
-from tasks.stages import DISTILL_STUDENT, Order, as_json
+from tasks.stages import DISTILL_STUDENT, as_json
 from tasks.work import distill_student
-from tasks.work.bench import Bench
 from tests.stillroom.rows import token_rows
 from tests.stillroom.tiny import tiny_llama, tiny_tokenizer
 from tests.stillroom.tiny_mixtures import tiny_mixtral
+from tests.tasks.benches import new_bench
 
 
 @pytest.fixture
@@ -32,20 +30,11 @@ def distil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             {"student": student, "soft_weight": 0, "hard_weight": 1, "training": {"steps": 2}}
         )
         given = as_json(section, "cache", "preset")
-        order = Order(
-            title="distil",
-            stage=DISTILL_STUDENT,
-            section=given | {"task": "causal_lm", "device": "cpu"},
-            seed=0,
-        )
-        output = tmp_path / "output"
-        output.mkdir()
         inputs = {"teacher": tmp_path / "teacher", "data": tmp_path}
-        records: Any = {"teacher": SimpleNamespace(licence="none")}
-        bench = Bench(order, inputs, records, tmp_path / "scratch", output, NoCheckpoints(), silent)
+        bench = new_bench(DISTILL_STUDENT, given, tmp_path, inputs)
         metrics = distill_student.work(bench).metrics
         assert metrics["reload_max_difference"] < 1e-5 * metrics["reload_max_logit"]
-        return load_model(output)
+        return load_model(bench.output)
 
     return work
 

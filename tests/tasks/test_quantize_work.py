@@ -7,17 +7,15 @@ from typing import Any
 
 import pytest
 
-from stillroom.checkpoint import NoCheckpoints
 from stillroom.config import Quantization
 from stillroom.errors import MismatchError, StageError
 from stillroom.models import load_model, save_model
-from stillroom.progress import silent
-from tasks.stages import QUANTIZE_MODEL, Order, as_json
+from tasks.stages import QUANTIZE_MODEL, as_json
 from tasks.work import quantize_model
-from tasks.work.bench import Bench
 from tests.stillroom.quantization.formats.gguf_models import byte_tokenizer
 from tests.stillroom.quantization.test_sequential import rows
 from tests.stillroom.tiny import tiny_llama, tiny_tokenizer
+from tests.tasks.benches import new_bench
 
 
 @pytest.fixture
@@ -28,19 +26,9 @@ def quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def work(**section: Any) -> tuple[dict[str, float], Path]:
         given = as_json(Quantization(group_size=32, **section))
-        order = Order(
-            title="quantize",
-            stage=QUANTIZE_MODEL,
-            section=given | {"task": "causal_lm", "device": "cpu"},
-            seed=0,
-        )
-        output = tmp_path / "output"
-        output.mkdir()
         inputs = {"base": tmp_path / "base", "data": tmp_path}
-        records: Any = {"base": SimpleNamespace(licence="none")}
-        scratch = tmp_path / "scratch"
-        bench = Bench(order, inputs, records, scratch, output, NoCheckpoints(), silent)
-        return quantize_model.work(bench).metrics, output
+        bench = new_bench(QUANTIZE_MODEL, given, tmp_path, inputs)
+        return quantize_model.work(bench).metrics, bench.output
 
     return work
 
