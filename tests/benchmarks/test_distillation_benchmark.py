@@ -1,9 +1,12 @@
 """The parts of benchmarks/distillation that a wrong factor would spoil silently."""
 
 import json
+from pathlib import Path
 
+import pytest
 from transformers import LlamaForCausalLM
 
+from benchmarks.distillation import mixture
 from benchmarks.distillation.results import PAGE, RESULTS, summarise
 from benchmarks.distillation.steps import multiplications
 from benchmarks.places import ROOT
@@ -13,6 +16,20 @@ def test_multiplications_count_every_matrix_and_the_tied_head_once(tiny: LlamaFo
     attention = 24 * 24 + 2 * 24 * 8 + 24 * 24  # q, k and v, o; heads of 4
     expected = 2 * (attention + 3 * 24 * 40) + 24 * 50
     assert multiplications(tiny) == expected
+
+
+@pytest.mark.parametrize(("sparse", "share"), [(1.0, 0.5), (2.5, None)])
+def test_a_share_needs_a_gain_and_fewer_nats_are_better(
+    sparse: float, share: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixture, "measure_path", lambda name: tmp_path / name)
+    reached = {"the mixture": sparse, mixture.TWIN: 2.0, mixture.DISTILLED: 1.9}
+    reached |= {mixture.STARTED: 1.5, mixture.MIXED: 1.6}
+    mixture.keep_mixture({name: [nats] for name, nats in reached.items()})
+    kept = json.loads((tmp_path / "mixture").read_text())
+    shares = {row["model"]: row["share_of_gain"] for row in kept["rows"]}
+    assert shares[mixture.STARTED] == share
+    assert [claim["holds"] for claim in kept["claims"]] == [True, False]
 
 
 def test_the_page_is_what_the_results_say() -> None:
