@@ -44,7 +44,8 @@ def _acquire(client: Any, lock: str, owner: str, deadline: float) -> None:
                 client.create_registered_model(lock, tags={LOCK_OWNER: owner})
                 return
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            # MLflow reads the one that was there first; released meanwhile, it is not found.
+            if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):
                 raise
         held = _lock(client, lock)
         if held is not None:

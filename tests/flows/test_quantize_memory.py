@@ -55,13 +55,15 @@ def _peak(tmp_path: Path, layers: int) -> dict[str, float]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_memory_does_not_grow_with_the_blocks_and_stays_within_the_plan(tmp_path: Path) -> None:
-    few, many = _peak(tmp_path, 3), _peak(tmp_path, 12)
-    whole = (tmp_path / "model-12" / "model.safetensors").stat().st_size
+    # A peak is the largest of what every block needed, which varies by some 50 MB: so the model
+    # is large against that (it and its 36 more blocks are 450 and 340 MB).
+    few, many = _peak(tmp_path, 12), _peak(tmp_path, 48)
+    whole = (tmp_path / "model-48" / "model.safetensors").stat().st_size
     assert many["peak"] - few["peak"] < 0.15 * whole
     recipe = validate(
         {
             "name": "memory",
-            "teacher": {"source": str(tmp_path / "model-12")},
+            "teacher": {"source": str(tmp_path / "model-48")},
             "data": {"train": {"source": "x"}, "sequence_length": 128, "calibration_rows": 16},
             "quantization": {"bits": 4},
         },
@@ -71,5 +73,5 @@ def test_memory_does_not_grow_with_the_blocks_and_stays_within_the_plan(tmp_path
     order = Order(
         title="quantize", stage=QUANTIZE_MODEL, section=as_json(recipe.quantization), seed=0
     )
-    planned = estimate(order, recipe, model_shape(tmp_path / "model-12"))
+    planned = estimate(order, recipe, model_shape(tmp_path / "model-48"))
     assert many["peak"] < planned.memory_bytes

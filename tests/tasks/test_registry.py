@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
 import tasks.model_lock
 import tasks.registered
@@ -264,6 +265,23 @@ def test_lock_lets_one_in_at_a_time(place: Place) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(6)))
     assert most == 1
+
+
+def test_lock_released_while_mlflow_looks_at_it_is_tried_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = place.client.create_registered_model
+    answers = [MlflowException("not found", error_code=RESOURCE_DOES_NOT_EXIST)]
+
+    def released_meanwhile(*arguments: Any, **named: Any) -> Any:
+        if answers:
+            raise answers.pop()
+        return create(*arguments, **named)
+
+    monkeypatch.setattr(place.client, "create_registered_model", released_meanwhile)
+    with model_lock(place.client, "tiny"):
+        assert place.client.get_registered_model("tiny.lock")
+    assert not answers
 
 
 def test_lock_that_is_held_too_long_is_named(place: Place) -> None:
