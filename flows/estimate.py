@@ -99,8 +99,9 @@ def estimate(order: Order, recipe: Recipe, teacher: Shape | None) -> Estimate:
         case "prepare_data":
             need = _need(0, 0, 0)
         case "cache_teacher":
+            asked = measured if order.section.get("rows") == "evaluation" else train
             need = _need(
-                PASSES["forward"] * train * teacher.parameters,
+                PASSES["forward"] * asked * teacher.parameters,
                 recipe.execution.cache_workers * teacher.parameters,
                 recipe.execution.cache_workers * rows * teacher.vocabulary,
             )

@@ -36,8 +36,8 @@ Resolve = Callable[[Model | Text], Source]
 
 # Where a source is enters a key as the identity of what is there, not by name.
 PLACE = ("source", "revision")
-# How often work is saved changes nothing of what comes of it.
-RHYTHM = ("checkpoint_every_steps",)
+# How often work is saved, and what is made again, change nothing of what comes of it.
+RHYTHM = ("checkpoint_every_steps", "gradient_checkpointing")
 
 
 class Orders(Generic[A]):
@@ -66,25 +66,30 @@ class Orders(Generic[A]):
 
     def tune_teacher(self, training: Training, teacher: A, data: A) -> A:
         """Order a teacher that has learned the task's labels."""
-        section = {"training": as_json(training, *RHYTHM)}
         inputs = {"teacher": teacher, "data": data}
-        return self._order(TUNE_TEACHER, "tune teacher", section, inputs, rhythm(training))
+        return self._training(TUNE_TEACHER, "tune teacher", {}, training, inputs)
 
-    def cache_teacher(self, distillation: Distillation, teacher: A, data: A) -> A:
-        """Order the teacher's outputs on the training rows."""
+    def cache_teacher(self, distillation: Distillation, teacher: A, data: A) -> dict[str, A]:
+        """Order the teacher's outputs on the training rows, and where they decide when to stop on
+        the held-out rows."""
         section = as_json(distillation.cache) | {"temperature": distillation.temperature}
         inputs = {"teacher": teacher, "data": data}
         workers = {"workers": self.recipe.execution.cache_workers}
-        return self._order(CACHE_TEACHER, "cache teacher", section, inputs, workers)
+        ordered = {"cache": self._order(CACHE_TEACHER, "cache teacher", section, inputs, workers)}
+        if distillation.training.early_stopping_patience:
+            title = "cache teacher, held-out rows"
+            section |= {"rows": "evaluation", "hidden_states": "none", "audit_rows": 0}
+            cache = self._order(CACHE_TEACHER, title, section, inputs, workers)
+            ordered["evaluation_cache"] = cache
+        return ordered
 
     def distill_student(
-        self, title: str, distillation: Distillation, teacher: A, data: A, cache: A | None
+        self, title: str, distillation: Distillation, teacher: A, data: A, caches: dict[str, A]
     ) -> A:
-        """Order a student; without `cache`, one that learns from the text alone."""
+        """Order a student; without `caches`, one that learns from the text alone."""
         section = as_json(distillation, "cache", "preset", "training")
-        section["training"] = as_json(distillation.training, *RHYTHM)
-        inputs = {"teacher": teacher, "data": data} | ({"cache": cache} if cache else {})
-        return self._order(DISTILL_STUDENT, title, section, inputs, rhythm(distillation.training))
+        inputs = {"teacher": teacher, "data": data} | caches
+        return self._training(DISTILL_STUDENT, title, section, distillation.training, inputs)
 
     def quantize_model(self, title: str, quantization: Quantization, base: A, data: A) -> A:
         """Order the base with its weights in few bits."""
@@ -94,9 +99,8 @@ class Orders(Generic[A]):
     def train_adapter(self, adapter: Adapter, base: A, data: A) -> A:
         """Order an adapter on the frozen base."""
         section = as_json(adapter, "data", "training")
-        section["training"] = as_json(adapter.training, *RHYTHM)
         title, inputs = f"train adapter {adapter.name}", {"base": base, "data": data}
-        return self._order(TRAIN_ADAPTER, title, section, inputs, rhythm(adapter.training))
+        return self._training(TRAIN_ADAPTER, title, section, adapter.training, inputs)
 
     def evaluate_model(
         self, title: str, teacher: A, model: A, data: A, adapter: A | None = None
@@ -113,6 +117,23 @@ class Orders(Generic[A]):
         return self._order(
             IMPORT_MODEL, title, section, {}, sources={"source": self.resolve(model)}
         )
+
+    def _training(
+        self,
+        stage: Stage,
+        title: str,
+        section: dict[str, Any],
+        training: Training,
+        inputs: dict[str, A],
+    ) -> A:
+        execution = self.recipe.execution
+        unkeyed = {
+            "training": training.model_dump(mode="json", include=set(RHYTHM)),
+            "processes": execution.training_processes,
+            "parallel": execution.parallel,
+        }
+        section = section | {"training": as_json(training, *RHYTHM)}
+        return self._order(stage, title, section, inputs, unkeyed)
 
     def _order(
         self,
@@ -134,8 +155,3 @@ class Orders(Generic[A]):
             inputs={role: artifact.key for role, artifact in inputs.items()},
         )
         return self.do(order, inputs)
-
-
-def rhythm(training: Training) -> dict[str, Any]:
-    """Return what of a training section stays out of the key."""
-    return training.model_dump(mode="json", include=set(RHYTHM))

@@ -52,9 +52,9 @@ def walk(recipe: Recipe, orders: Orders[A]) -> Made[A]:
     models = {"teacher": teacher}
     final, name = teacher, "teacher"
     if recipe.distillation:
-        cache = orders.cache_teacher(recipe.distillation, teacher, data)
+        caches = orders.cache_teacher(recipe.distillation, teacher, data)
         final, name = (
-            orders.distill_student("distil student", recipe.distillation, teacher, data, cache),
+            orders.distill_student("distil student", recipe.distillation, teacher, data, caches),
             "student",
         )
         models[name] = final
@@ -100,7 +100,7 @@ def _controls(recipe: Recipe, orders: Orders[A], teacher: A, base: A, data: A) -
     if "cross_entropy" in recipe.controls and recipe.distillation:
         alone = recipe.distillation.model_copy(update=ALONE)
         label = "student without teacher"
-        made[label] = orders.distill_student(f"train {label}", alone, teacher, data, None)
+        made[label] = orders.distill_student(f"train {label}", alone, teacher, data, {})
     if "round_to_nearest" in recipe.controls and recipe.quantization:
         rounded = recipe.quantization.model_copy(update={"method": "rtn"})
         label = "rounded to nearest"

@@ -51,8 +51,9 @@ def plan_capture(order: Order, inputs: dict[str, Path]) -> CapturePlan:
         audit_rows=section["audit_rows"],
         hidden_states=section["hidden_states"],
     )
+    data = load_prepared(inputs["data"])
     return CapturePlan(
-        load_prepared(inputs["data"]).train,
+        data.evaluation if section.get("rows") == "evaluation" else data.train,
         options,
         tokenizer_hash(load_tokenizer(inputs["teacher"])),
         order.inputs["teacher"],

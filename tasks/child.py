@@ -19,6 +19,7 @@ from stillroom.progress import Progress
 from tasks.processes import FAILED, die_with_parent, leave_error, line_to_parent
 from tasks.stages import Order
 from tasks.store.record import Record
+from tasks.training_pool import training_team
 from tasks.work.bench import Bench
 
 
@@ -75,7 +76,8 @@ def work(request: Request, folder: Path, progress: Progress) -> Record:
             progress=progress,
             store_url=request.store_url,
         )
-        result = importlib.import_module(order.stage.work).work(bench)
+        with training_team(bench):
+            result = importlib.import_module(order.stage.work).work(bench)
         spent = {"seconds": time.monotonic() - started, "peak_memory_bytes": _peak_memory()}
         record = store.add(
             output,

@@ -16,9 +16,11 @@ from benchmarks.distillation.peak import measure_peak
 from benchmarks.distillation.places import measure_path
 from benchmarks.distillation.results import gather
 from benchmarks.distillation.steps import measure_steps
+from benchmarks.distillation.targets import measure_targets
 from benchmarks.distillation.workers import measure_workers
 
 MEASURES: dict[str, Callable[[], None]] = {
+    "targets": measure_targets,
     "steps": measure_steps,
     "caches": measure_caches,
     "depths": measure_depths,

@@ -16,7 +16,7 @@ from benchmarks.distillation.work import (
     training,
 )
 from benchmarks.text import text_source
-from stillroom.distillation.distill import DistillationOptions, distill
+from stillroom.distillation.distill import DistillationOptions, Taught, distill
 from stillroom.distillation.teacher_cache import CacheOptions, TeacherCache, capture
 from stillroom.training.loop import train
 
@@ -80,7 +80,7 @@ def captured(name: str = "head and drawn tail") -> TeacherCache:
 
 def _trained(teacher: Any, cache: TeacherCache | None) -> Any:
     student = new_student(teacher, LAYERS)
-    distill(student, train_rows(), cache, DistillationOptions(training()))
+    distill(student, Taught(train_rows(), cache), DistillationOptions(training()))
     return student
 
 

@@ -17,7 +17,7 @@ from benchmarks.distillation.work import (
     training,
 )
 from benchmarks.text import text_source
-from stillroom.distillation.distill import DistillationOptions, distill
+from stillroom.distillation.distill import DistillationOptions, Taught, distill
 from stillroom.fine_tuning import measure
 
 DEPTHS = (10, 15, 20)
@@ -31,7 +31,7 @@ def measure_depths() -> None:
     for layers in DEPTHS:
         student = new_student(teacher, layers)
         untrained = held_out_kl(teacher, student)
-        distill(student, train_rows(), cache, DistillationOptions(training()))
+        distill(student, Taught(train_rows(), cache), DistillationOptions(training()))
         kl = held_out_kl(teacher, student)
         rows.append(
             {

@@ -14,11 +14,12 @@ from benchmarks.distillation.work import FULL
 from benchmarks.text import text_source, texts
 from stillroom.data.examples import Examples
 from stillroom.distillation.dense_student import dense_student
-from stillroom.distillation.distill import DistillationOptions, distill
+from stillroom.distillation.distill import DistillationOptions, Taught, distill
 from stillroom.distillation.losses import hard_cross_entropy
 from stillroom.distillation.teacher_cache import CacheOptions, TeacherCache, capture
 from stillroom.fine_tuning import aligned_labels, measure
-from stillroom.training.loop import Batch, train
+from stillroom.training.batches import Batch
+from stillroom.training.loop import train
 from stillroom.training.options import TrainingOptions
 
 BYTES = 256  # the vocabulary
@@ -140,7 +141,7 @@ def _student(teacher: Any, cached: TeacherCache, recipe: Recipe, seed: int) -> A
     else:
         student = Qwen3ForCausalLM(Qwen3Config(**SHAPE))
     options = DistillationOptions(_training(seed), recipe.soft_weight, recipe.hard_weight)
-    distill(student, _rows(0), cached if recipe.soft_weight else None, options)
+    distill(student, Taught(_rows(0), cached if recipe.soft_weight else None), options)
     return student
 
 

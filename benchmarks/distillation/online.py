@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from stillroom.distillation.losses import dense_kl
 from stillroom.fine_tuning import aligned_labels, output_logits
-from stillroom.training.loop import Batch
+from stillroom.training.batches import Batch
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from benchmarks.distillation.work import (
 from benchmarks.places import ROOT
 from benchmarks.text import text_source
 from stillroom.distillation.cache_files import TeacherCache
-from stillroom.distillation.distill import DistillationOptions, distill
+from stillroom.distillation.distill import DistillationOptions, Taught, distill
 from stillroom.distillation.student import load_student
 from stillroom.distillation.teacher_cache import capture
 from stillroom.streamed import open_streamed
@@ -67,7 +67,7 @@ def train_and_print(teacher: Path, cache: Path, rows: int) -> None:
     student = load_student(model, blocks, LAYERS)
     examples = train_rows().take(slice(0, rows))
     options = DistillationOptions(training(steps=STEPS))
-    distill(student, examples, TeacherCache.open(cache), options)
+    distill(student, Taught(examples, TeacherCache.open(cache)), options)
     # Not ru_maxrss, which starts at what the process had that started this one.
     status = Path("/proc/self/status").read_text()
     print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024)  # type: ignore[index]

@@ -47,6 +47,14 @@ def summarise(results: dict[str, Any]) -> str:
         circumstances_line(results),
     ]
     measures = results["measures"]
+    if "targets" in measures:
+        parts += [
+            "## Words kept and words drawn, at 32 bytes a token",
+            _table(
+                measures["targets"]["rows"],
+                {"head": "kept", "draws": "drawn", "squared_error": "squared error of the targets"},
+            ),
+        ]
     if "caches" in measures:
         layers = measures["caches"]["layers"]
         parts += [

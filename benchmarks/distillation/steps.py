@@ -18,7 +18,7 @@ from benchmarks.distillation.work import (
     training,
 )
 from benchmarks.text import text_source
-from stillroom.distillation.distill import DistillationOptions, distill
+from stillroom.distillation.distill import DistillationOptions, Taught, distill
 from stillroom.distillation.teacher_cache import TeacherCache
 from stillroom.training.loop import train
 
@@ -79,7 +79,7 @@ def multiplications(model: Any) -> int:
 def _cached(teacher: Any, cache: TeacherCache) -> list[float]:
     student = new_student(teacher, LAYERS)
     options = DistillationOptions(training(steps=STEPS))
-    return _seconds(distill(student, train_rows(), cache, options))
+    return _seconds(distill(student, Taught(train_rows(), cache), options))
 
 
 def _online(teacher: Any) -> list[float]:

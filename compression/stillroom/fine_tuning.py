@@ -1,5 +1,6 @@
 """Training on labels alone: the teacher's own task, the control of distillation, adapters."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,9 +10,12 @@ from stillroom.checkpoint import Checkpoints
 from stillroom.data.examples import Examples
 from stillroom.distillation.losses import IGNORED, hard_cross_entropy, next_labels
 from stillroom.progress import Progress, silent
+from stillroom.training.batches import Batch
 from stillroom.training.history import TrainingHistory
-from stillroom.training.loop import Batch, Evaluate, train
+from stillroom.training.loop import HELD_OUT_LOSS, HeldOut, train
 from stillroom.training.options import TrainingOptions
+
+Figures = Callable[[Batch, Tensor], dict[str, float]]
 
 
 def fine_tune(
@@ -34,7 +38,7 @@ def fine_tune(
         examples,
         cross_entropy,
         options,
-        evaluate=held_out(evaluation, options.batch_rows),
+        held_out=held_out(evaluation, options.batch_rows),
         checkpoints=checkpoints,
         fingerprint=fingerprint,
         progress=progress,
@@ -67,30 +71,38 @@ def aligned_labels(batch: Batch) -> Tensor:
     return next_labels(batch.labels) if batch.is_causal else batch.labels
 
 
-def held_out(examples: Examples | None, batch_rows: int) -> Evaluate | None:
-    """Return a function that measures a model on `examples`, or None where there are none."""
+def held_out(examples: Examples | None, batch_rows: int) -> HeldOut | None:
+    """Return how a model is measured on `examples`; None where there are none."""
     if examples is None or len(examples) == 0:
         return None
-    return lambda model: measure(model, examples, batch_rows)
+    return HeldOut(lambda model: measure(model, examples, batch_rows))
 
 
 @torch.no_grad()
-def measure(model: nn.Module, examples: Examples, batch_rows: int) -> dict[str, float]:
-    """Return the mean cross-entropy in nats, and the accuracy, over all labels of `examples`."""
+def measure(
+    model: nn.Module, examples: Examples, batch_rows: int, further: Figures | None = None
+) -> dict[str, float]:
+    """Return the mean cross-entropy in nats, and the accuracy, over all labels of `examples`.
+
+    `further` adds figures: of a batch and its logits (batch, length, vocab) or (batch, labels) it
+    returns means over the batch's predictions.
+    """
     device = next(model.parameters()).device
-    nats, hits, count = 0.0, 0, 0
+    sums: dict[str, float] = {}
+    count = 0
     for start in range(0, len(examples), batch_rows):
-        part = examples.take(slice(start, start + batch_rows))
-        batch = Batch(
-            rows=torch.arange(start, start + len(part)),
-            input_ids=part.input_ids.to(device),
-            attention_mask=part.attention_mask.to(device),
-            labels=part.labels.to(device),
-        )
+        rows = torch.arange(start, min(start + batch_rows, len(examples)))
+        batch = Batch.of(examples, rows, device)
         logits, labels = output_logits(model, batch), aligned_labels(batch)
         predictions = batch.predictions
-        nats += hard_cross_entropy(logits, labels).item() * predictions
-        hits += int(((logits.argmax(-1) == labels) & (labels != IGNORED)).sum())
+        hits = ((logits.argmax(-1) == labels) & (labels != IGNORED)).sum()
+        figures = {
+            HELD_OUT_LOSS: hard_cross_entropy(logits, labels).item(),
+            "held_out_accuracy": int(hits) / max(predictions, 1),
+        }
+        if further is not None:
+            figures |= further(batch, logits)
+        for name, figure in figures.items():
+            sums[name] = sums.get(name, 0.0) + figure * predictions
         count += predictions
-    count = max(count, 1)
-    return {"held_out_cross_entropy_nats": nats / count, "held_out_accuracy": hits / count}
+    return {name: total / max(count, 1) for name, total in sums.items()}

@@ -23,6 +23,7 @@ class Bench:
     """A stage's order, its inputs as folders by role, and an empty folder for what comes of it.
 
     `store_url` is the address of the store that keeps the checkpoints, for processes that help.
+    Where several train together `rank` counts them from 0; what the first leaves is the result.
     """
 
     order: Order
@@ -33,6 +34,7 @@ class Bench:
     checkpoints: Checkpoints
     progress: Progress
     store_url: str = ""
+    rank: int = 0
 
     @property
     def section(self) -> dict[str, Any]:
@@ -54,7 +56,7 @@ class Bench:
         from stillroom.models import load_model
 
         model = load_model(folder, task=self.task, weights=weights)
-        return model.to(self._device())  # type: ignore[no-any-return, arg-type]
+        return model.to(self.device)  # type: ignore[no-any-return, arg-type]
 
     def open_streamed(self, folder: Path) -> "tuple[PreTrainedModel, OnDisk]":
         """Return the model in `folder` without its blocks, and the blocks, which come when needed.
@@ -65,9 +67,15 @@ class Bench:
         """
         from stillroom.streamed import open_streamed
 
-        return open_streamed(folder, task=self.task, device=self._device())
+        return open_streamed(folder, task=self.task, device=self.device)
 
-    def _device(self) -> str:
+    @property
+    def device(self) -> str:
+        """What the recipe has models computed on.
+
+        Raises:
+            RecipeError: the machine has no such device.
+        """
         import torch
 
         device: str = self.section["device"]
@@ -76,7 +84,8 @@ class Bench:
                 "execution.device: cuda is asked for and this machine has none; set it to cpu, or "
                 "run on a machine with a GPU"
             )
-        return device
+        # Of several processes each has a GPU of its own.
+        return f"cuda:{self.rank}" if device == "cuda" and self.rank else device
 
     def source(self, role: str) -> Source:
         """Return the resolved source of `role`."""

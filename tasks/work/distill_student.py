@@ -5,10 +5,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from stillroom.blocks import find_blocks
+from stillroom.data.examples import Examples
 from stillroom.data.prepare import PreparedData, load_prepared
 from stillroom.distillation.cache_files import TeacherCache
 from stillroom.distillation.dense_student import dense_student
-from stillroom.distillation.distill import DistillationOptions, distill
+from stillroom.distillation.distill import DistillationOptions, Taught, distill
 from stillroom.distillation.student import choose_layers, initialise_student, load_student
 from stillroom.models import load_tokenizer
 from tasks.work.bench import Bench, Result
@@ -30,16 +31,19 @@ def work(bench: Bench) -> Result:
     )
     history = distill(
         student,
-        data.train,
-        TeacherCache.open(inputs["cache"]) if "cache" in inputs else None,
+        _taught(bench, data.train, "cache"),
         options,
-        evaluation=data.evaluation,
+        evaluation=_taught(bench, data.evaluation, "evaluation_cache"),
         checkpoints=bench.checkpoints,
         fingerprint=bench.order.key,
         progress=bench.progress,
     )
     tokenizer = load_tokenizer(inputs["teacher"])
     return save_trained(bench, student, tokenizer, data, history, bench.licence("teacher"))
+
+
+def _taught(bench: Bench, examples: Examples, role: str) -> Taught:
+    return Taught(examples, TeacherCache.open(bench.inputs[role]) if role in bench.inputs else None)
 
 
 def _initial_student(bench: Bench, data: PreparedData) -> PreTrainedModel:

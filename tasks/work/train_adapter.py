@@ -28,6 +28,8 @@ def work(bench: Bench) -> Result:
         fingerprint=bench.order.key,
         progress=bench.progress,
     )
+    if bench.rank:
+        return Result(bench.licence("base"))
     save_adapter(adapted, bench.output, f"stillroom:{bench.order.inputs['base']}")
     write_history(history, bench.output)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)

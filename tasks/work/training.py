@@ -16,8 +16,10 @@ from tasks.work.bench import Bench, Result
 
 def training_options(bench: Bench) -> TrainingOptions:
     """Return the loop's options from the recipe's training section."""
-    section: dict[str, Any] = bench.section["training"] | bench.order.unkeyed
-    return TrainingOptions(seed=bench.order.seed, **section)
+    unkeyed = bench.order.unkeyed
+    section: dict[str, Any] = bench.section["training"] | unkeyed.get("training", {})
+    parallel = unkeyed.get("parallel", "ddp")
+    return TrainingOptions(seed=bench.order.seed, parallel=parallel, **section)
 
 
 def save_trained(
@@ -29,6 +31,8 @@ def save_trained(
     licence: str,
 ) -> Result:
     """Write the model and its curves, and check that it loads as what it was saved as."""
+    if bench.rank:
+        return Result(licence)
     save_model(model, tokenizer, bench.output)
     write_history(history, bench.output)
     reload = measure_reload(model, bench.load(bench.output), data.evaluation)
@@ -47,4 +51,6 @@ def history_metrics(history: TrainingHistory) -> dict[str, float]:
     metrics = {"steps": float(len(history.steps)), "final_loss_nats": history.loss[-1]}
     if speeds:
         metrics["median_tokens_per_second"] = speeds[len(speeds) // 2]
-    return metrics | {f"final_{name}": values[-1] for name, values in history.evaluations.items()}
+    if history.best_step:
+        metrics["best_step"] = float(history.best_step)
+    return metrics | {f"final_{name}": value for name, value in history.kept().items()}

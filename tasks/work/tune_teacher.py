@@ -16,7 +16,7 @@ def work(bench: Bench) -> Result:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(bench.order.seed)  # the new head's weights
         model = load_pretrained(folder, task=bench.task, label_names=data.train.label_names)
-    model.to(bench.section["device"])
+    model.to(bench.device)  # type: ignore[arg-type]
     history = fine_tune(
         model,
         data.train,

@@ -93,6 +93,27 @@ def test_what_makes_no_difference_changes_no_key(place: Path, change: dict[str, 
     assert changed(place, change) == set()
 
 
+def test_early_stopping_has_the_teacher_asked_about_held_out_rows_too(place: Path) -> None:
+    patient = {"distillation": {"training": {"early_stopping_patience": 2}}}
+    before, after = keys(planned(place)), keys(planned(place, patient))
+    assert after.keys() - before.keys() == {"cache teacher, held-out rows"}
+    assert after["cache teacher"] == before["cache teacher"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"execution": {"training_processes": 2}},
+        {"execution": {"parallel": "fsdp"}},
+        {"distillation": {"training": {"gradient_checkpointing": True}}},
+    ],
+    ids=["processes", "fsdp", "recomputing"],
+)
+def test_how_a_student_is_trained_changes_no_key(place: Path, change: dict[str, Any]) -> None:
+    dealt = {"distillation": {"training": {"gradient_accumulation": 2}}}
+    assert keys(planned(place, dealt, change)) == keys(planned(place, dealt))
+
+
 def test_another_text_at_the_same_place_is_noticed(place: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     source = {"data": {"train": {"source": str(text)}}}

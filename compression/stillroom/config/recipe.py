@@ -73,3 +73,20 @@ class Recipe(Section):
                 "sequence_classification, causal_lm came"
             )
         return self
+
+    @model_validator(mode="after")
+    def _batches_can_be_dealt_out(self) -> "Recipe":
+        processes = self.execution.training_processes
+        sections = {f"adapters.{each.name}.training": each.training for each in self.adapters}
+        if self.distillation:
+            sections["distillation.training"] = self.distillation.training
+        if self.teacher.fine_tune:
+            sections["teacher.fine_tune"] = self.teacher.fine_tune
+        for name, training in sections.items():
+            if training.gradient_accumulation % processes:
+                raise ValueError(
+                    f"{name}.gradient_accumulation: {training.gradient_accumulation} batches a "
+                    f"step cannot be dealt out evenly to {processes} training_processes; take a "
+                    f"multiple of {processes}, and fewer batch_rows for as many rows a step"
+                )
+        return self

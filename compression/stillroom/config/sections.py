@@ -156,3 +156,10 @@ class Execution(Section):
     cache_workers: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes that ask the teacher, each with the teacher in memory and a share of the threads;
     their number changes nothing of what comes of it as long as that share is the same."""
+    training_processes: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that train one model together on this machine, each with a share of the threads, or
+    a GPU of its own; a step's gradient_accumulation batches are dealt out to them, so their number
+    changes what comes of it by rounding alone."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What each of these processes holds: ddp the whole model; fsdp a share of its parameters,
+    gradients and the optimizer's moments."""

@@ -32,3 +32,13 @@ class Training(Section):
     """Optimizer steps between two checkpoints; a crash costs at most so many."""
     evaluate_every_steps: Count = 50
     """Optimizer steps between two measurements on held-out rows."""
+    early_stopping_patience: Annotated[int, Field(ge=0)] = 0
+    """Stop after so many measurements in a row that did not get better, and keep the best: by the
+    divergence from the teacher, who is then asked about the held-out rows too, or where nobody is
+    asked by the cross-entropy; 0: all steps, and the last is kept."""
+    bucket_by_length: bool = False
+    """Put rows of about one length into a batch, which saves padding; packed rows have none."""
+    gradient_checkpointing: bool = False
+    """Make activations again in the backward pass: less memory, about a third more time."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Numbers of the forward pass; parameters and optimizer stay as the model has them."""

@@ -30,7 +30,7 @@ causal language model, of token t for a masked one.
       logits              (audit_rows, L, vocab) float32   of the first rows, as in a dense cache
 
 head_ids and head_probabilities are absent where K is 0, tail_ids and tail_mass where M is 0.
-At the default K = 4 and M = 8 with a vocabulary of at most 65,536 words: 4·(2+2) + 8·2 + 2 + 4 =
+At the default K = 2 and M = 12 with a vocabulary of at most 65,536 words: 2·(2+2) + 12·2 + 2 + 4 =
 38 bytes a token; hidden states add 2·H. A row of audit takes 4·L·vocab bytes: of 512 tokens and
 49,152 words 101 MB, as much as 2.6 million tokens of the shards. Padding positions hold zeros.
 

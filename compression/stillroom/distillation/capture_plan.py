@@ -27,8 +27,8 @@ class CacheOptions:
     """
 
     kind: CacheKind = "sampled"
-    head: int = 4
-    draws: int = 8
+    head: int = 2
+    draws: int = 12
     temperature: float = 1.0
     rows_per_shard: int = 16
     batch_rows: int = 4

@@ -69,12 +69,19 @@ def _ask(teacher: nn.Module, examples: Examples, *, hidden: bool) -> _Outputs:
     further = {} if examples.label_names else {"use_cache": False}
     if hidden:
         further["output_hidden_states"] = True
+    asked = examples.without_shared_padding()
     output = teacher(
-        input_ids=examples.input_ids.to(device),
-        attention_mask=examples.attention_mask.to(device),
+        input_ids=asked.input_ids.to(device),
+        attention_mask=asked.attention_mask.to(device),
         **further,
     )
-    return _Outputs(output.logits, output.hidden_states[-1] if hidden else None)
+    # What was not asked about is padding, and holds zeros in any case.
+    padding = (0, 0, 0, examples.input_ids.shape[1] - asked.input_ids.shape[1])
+    pad = torch.nn.functional.pad
+    return _Outputs(
+        output.logits if examples.label_names else pad(output.logits, padding),
+        pad(output.hidden_states[-1], padding) if hidden else None,
+    )
 
 
 def _batch(

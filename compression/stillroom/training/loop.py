@@ -1,54 +1,35 @@
 """The one training loop: AdamW over whatever parameters want a gradient, resumable exactly."""
 
 import math
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from stillroom.checkpoint import Checkpoints, NoCheckpoints
+from stillroom.checkpoint import Checkpoints, FolderCheckpoints
 from stillroom.data.examples import Examples
-from stillroom.errors import DataError, NotFiniteError, StageError
+from stillroom.errors import DataError, NotFiniteError, RecipeError
 from stillroom.progress import Progress, silent
+from stillroom.training.batches import Batch, RowOrder
 from stillroom.training.history import TrainingHistory
+from stillroom.training.modes import mode, recomputing
 from stillroom.training.options import (
-    RowOrder,
     TrainingOptions,
     derived_seed,
     learning_rate_at,
     total_steps,
 )
+from stillroom.training.parameters import adamw, trainable_parameters
 from stillroom.training.state import TrainingState
+from stillroom.training.team import Team, gathered, joined
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of one forward pass, on the model's device.
-
-    `rows` (batch,) are their numbers in the examples, on the CPU; `input_ids` and
-    `attention_mask` are (batch, length); `labels` is (batch, length) for a causal language model,
-    not shifted, or (batch,) for classification; -100 is no label.
-    """
-
-    rows: Tensor
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-
-    @property
-    def is_causal(self) -> bool:
-        """Whether each position predicts the next token, rather than each row its class."""
-        return self.labels.dim() == 2
-
-    @property
-    def predictions(self) -> int:
-        """The number of labels that a loss is taken at; the first token of a row is not one."""
-        labels = self.labels[:, 1:] if self.is_causal else self.labels
-        return int((labels != -100).sum())
+HELD_OUT_LOSS = "held_out_cross_entropy_nats"
 
 
 class LossFunction(Protocol):
@@ -58,7 +39,15 @@ class LossFunction(Protocol):
         """Return the scalar loss and named figures, each a mean over the batch's predictions."""
 
 
-Evaluate = Callable[[nn.Module], dict[str, float]]
+@dataclass(frozen=True)
+class HeldOut:
+    """How a model is measured in training, on rows that it does not learn from.
+
+    `watch` names the figure of `measure` that early stopping goes by; lower is better.
+    """
+
+    measure: Callable[[nn.Module], dict[str, float]]
+    watch: str = HELD_OUT_LOSS
 
 
 def train(
@@ -67,7 +56,7 @@ def train(
     loss: LossFunction,
     options: TrainingOptions,
     *,
-    evaluate: Evaluate | None = None,
+    held_out: HeldOut | None = None,
     checkpoints: Checkpoints | None = None,
     fingerprint: str = "",
     progress: Progress = silent,
@@ -77,76 +66,118 @@ def train(
     With `checkpoints` the run continues where the last one stopped, and ends with the same bytes
     as an uninterrupted run on the same machine, versions and thread count: the order of rows and
     the dropout depend on (seed, step) alone. `fingerprint` names everything else that the result
-    depends on (model, loss, teacher).
+    depends on (model, loss, teacher). Where this process is one of several
+    (`stillroom.training.team`), each takes its part of a step's batches, and all end with the same
+    parameters.
 
     Raises:
         DataError: there is no row.
         MismatchError: the checkpoint was made under another fingerprint, options or rows.
         NotFiniteError: the loss or the gradient is NaN or infinite; the parameters are those of
             the step before, and the last checkpoint stays.
+        RecipeError: early stopping has nothing to go by; the step's batches cannot be dealt out
+            evenly.
         StageError: no parameter requires a gradient.
     """
     if len(examples) == 0:
         raise DataError("training: expected at least one row of tokens, got none; add text")
-    checkpoints = checkpoints or NoCheckpoints()
+    if options.early_stopping_patience and held_out is None:
+        raise RecipeError(
+            f"early_stopping_patience {options.early_stopping_patience} needs rows that are held "
+            "out to go by, and there are none: give evaluation text, or set it to 0"
+        )
     steps = total_steps(options, len(examples))
-    parameters = trainable_parameters(model)
-    identity = _identity(options, fingerprint, rows=len(examples), steps=steps)
-    state = TrainingState(parameters, _optimizer(parameters, options), identity)
-    start, history = state.resume(checkpoints)
-    run = _Run(model, examples, loss, options, state.optimizer)
-    with _mode(model, training=True):
-        for step in range(start + 1, steps + 1):
-            run.step(step, steps, history)
-            last = step == steps
-            every = options.evaluate_every_steps
-            if evaluate and (last or (every and step % every == 0)):
-                with _mode(model, training=False), torch.no_grad():
-                    history.add_evaluation(step, evaluate(model))
-            if not last and step % options.checkpoint_every_steps == 0:
-                state.save(checkpoints, step, history)
-            progress(step, steps, "steps", f"loss {history.loss[-1]:.4f}")
-    return history
-
-
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that require a gradient, by name; tied ones once.
-
-    Raises:
-        StageError: there is none.
-    """
-    found = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    if not found:
-        raise StageError("training: no parameter of the model requires a gradient; unfreeze some")
-    return found
+    trainable_parameters(model)
+    with ExitStack() as stack:
+        stack.enter_context(mode(model, training=True))
+        stack.enter_context(recomputing(model, wanted=options.gradient_checkpointing))
+        team = stack.enter_context(joined(model, options.parallel))
+        parameters = trainable_parameters(team.module)
+        if checkpoints is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            checkpoints = FolderCheckpoints(Path(folder))
+        state = TrainingState(
+            parameters,
+            adamw(parameters, options),
+            _identity(options, fingerprint, rows=len(examples), steps=steps),
+            checkpoints,
+            writes=team.rank == 0,
+        )
+        run = _Run(team, examples, loss, options, state, held_out)
+        return run.go(steps, progress)
 
 
 @dataclass
 class _Run:
-    model: nn.Module
+    team: Team
     examples: Examples
     loss: LossFunction
     options: TrainingOptions
-    optimizer: torch.optim.Optimizer
+    state: TrainingState
+    held_out: HeldOut | None
 
     def __post_init__(self) -> None:
-        self.order = RowOrder(len(self.examples), self.options.seed)
-        self.device = next(self.model.parameters()).device
+        count = self.options.gradient_accumulation
+        if count % self.team.size:
+            raise RecipeError(
+                f"gradient_accumulation: a step's {count} batches cannot be dealt out evenly to "
+                f"{self.team.size} processes; take a multiple of {self.team.size}"
+            )
+        lengths = self.examples.attention_mask.sum(1) if self.options.bucket_by_length else None
+        self.order = RowOrder(
+            len(self.examples),
+            self.options.seed,
+            batch_rows=self.options.batch_rows,
+            lengths=lengths,
+        )
+        self.device = next(self.team.module.parameters()).device
+
+    def go(self, steps: int, progress: Progress) -> TrainingHistory:
+        """Do the steps that are left, and return the history of all."""
+        options = self.options
+        start, history = self.state.resume()
+        for step in range(start + 1, steps + 1):
+            if self._stopped(history):
+                break
+            self.step(step, steps, history)
+            last, every = step == steps, options.evaluate_every_steps
+            if self.held_out and (last or (every and step % every == 0)):
+                self._look(step, history, self.held_out)
+            if not last and step % options.checkpoint_every_steps == 0:
+                self.state.save(step, history)
+            progress(step, steps, "steps", f"loss {history.loss[-1]:.4f}")
+        if history.best_step not in (0, history.steps[-1]):
+            self.team.wait()  # until the process that writes has written it
+            self.state.take_best(history.best_step)
+        return history
+
+    def _look(self, step: int, history: TrainingHistory, held_out: HeldOut) -> None:
+        with mode(self.team.module, training=False), torch.no_grad():
+            figures = self.team.first(held_out.measure(self.team.module))
+        history.add_evaluation(step, figures)
+        if self.options.early_stopping_patience:
+            figure = figures[held_out.watch]
+            best = history.kept()[held_out.watch] if history.best_step else math.inf
+            if figure < best:  # which nothing is that is no number
+                history.best_step = step
+                self.state.save_best(step)
+
+    def _stopped(self, history: TrainingHistory) -> bool:
+        patience = self.options.early_stopping_patience
+        return bool(patience) and history.evaluations_since_best() >= patience
 
     def step(self, step: int, steps: int, history: TrainingHistory) -> None:
         """Do one optimizer step and append it to the history."""
         began = time.perf_counter()
         batches = self._batches(step)
+        optimizer = self.state.optimizer
         rate = learning_rate_at(step, steps, self.options)
-        for group in self.optimizer.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(derived_seed(self.options.seed, "dropout", step))
-            loss, figures = self._accumulate(step, batches)
+        optimizer.zero_grad(set_to_none=True)
+        loss, figures = self._accumulate(step, batches)
         norm = self._clip(step)
-        self.optimizer.step()
+        optimizer.step()
         seconds = time.perf_counter() - began
         tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
         history.steps.append(step)
@@ -159,43 +190,55 @@ class _Run:
     def _batches(self, step: int) -> list[Batch]:
         size, count = self.options.batch_rows, self.options.gradient_accumulation
         first = (step - 1) * size * count
-        return [self._batch(self.order.rows_at(first + i * size, size)) for i in range(count)]
-
-    def _batch(self, rows: Tensor) -> Batch:
-        taken = self.examples.take(rows)
-        return Batch(
-            rows,
-            taken.input_ids.to(self.device),
-            taken.attention_mask.to(self.device),
-            taken.labels.to(self.device),
-        )
+        return [
+            Batch.of(self.examples, self.order.rows_at(first + i * size, size), self.device)
+            for i in range(count)
+        ]
 
     def _accumulate(self, step: int, batches: list[Batch]) -> tuple[float, dict[str, float]]:
         # Weighted by their predictions, so that several small batches equal one large one.
-        predictions = [batch.predictions for batch in batches]
-        total = max(sum(predictions), 1)
-        mean = 0.0
-        figures: dict[str, float] = {}
-        for batch, count in zip(batches, predictions, strict=True):
-            with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=self.options.dtype == "bfloat16"
-            ):
-                loss, found = self.loss(self.model, batch)
+        total = max(sum(batch.predictions for batch in batches), 1)
+        mine = range(self.team.rank, len(batches), self.team.size)
+        means: dict[str, float] = {}
+        bad: list[int] = []
+        for place in mine:
+            batch = batches[place]
+            share = batch.predictions / total
+            loss, found = self._forward(step, place, batch)
             value = loss.item()
             if not math.isfinite(value):
-                raise NotFiniteError(
-                    f"step {step}: the loss is {value}; expected a finite number: "
-                    f"lower learning_rate or look at the rows {batch.rows.tolist()}"
-                )
-            (loss * (count / total)).backward()  # type: ignore[no-untyped-call]
-            mean += value * count / total
-            for name, figure in found.items():
-                figures[name] = figures.get(name, 0.0) + figure * count / total
-        return mean, figures
+                bad += batch.rows.tolist()
+            with self.team.collecting(last=place == mine[-1]):
+                # Processes take the mean of their gradients, which are parts of a sum.
+                (loss * (share * self.team.size)).backward()  # type: ignore[no-untyped-call]
+            for name, figure in ({"": value} | found).items():
+                means[name] = means.get(name, 0.0) + figure * share
+        means = self.team.sum(means)
+        mean = means.pop("")
+        if not math.isfinite(mean):
+            rows = f"the rows {bad}" if bad else "the log of the process that met it"
+            raise NotFiniteError(
+                f"step {step}: the loss is {mean}; expected a finite number: "
+                f"lower learning_rate or look at {rows}"
+            )
+        return mean, means
+
+    def _forward(self, step: int, place: int, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        devices = [self.device] if self.device.type == "cuda" else []
+        dtype = self.options.dtype
+        with (
+            torch.random.fork_rng(devices=devices),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == "bfloat16"),
+        ):
+            # Of the batch's place, so that it does not matter which process has it.
+            torch.manual_seed(derived_seed(self.options.seed, "dropout", step, place))
+            return self.loss(self.team.forward, batch)
 
     def _clip(self, step: int) -> float:
-        parameters = [value for group in self.optimizer.param_groups for value in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.options.max_gradient_norm).item()
+        groups = self.state.optimizer.param_groups
+        parameters = [value for group in groups for value in group["params"]]
+        total = nn.utils.clip_grad_norm_(parameters, self.options.max_gradient_norm)
+        norm = float(gathered(total))
         if not math.isfinite(norm):
             raise NotFiniteError(
                 f"step {step}: the gradient's norm is {norm}; expected a finite number: "
@@ -204,36 +247,13 @@ class _Run:
         return norm
 
 
-def _optimizer(
-    parameters: dict[str, nn.Parameter], options: TrainingOptions
-) -> torch.optim.Optimizer:
-    # Biases and norm scales have one dimension, and decay would only pull them off their place.
-    decayed = [value for value in parameters.values() if value.dim() > 1]
-    others = [value for value in parameters.values() if value.dim() <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": options.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=options.learning_rate, fused=True
-    )
-
-
 def _identity(
     options: TrainingOptions, fingerprint: str, *, rows: int, steps: int
 ) -> dict[str, object]:
     identity = asdict(options) | {"fingerprint": fingerprint, "rows": rows, "steps": steps}
     # How often the run stops to save or look does not change where it goes.
-    for name in ("checkpoint_every_steps", "evaluate_every_steps", "epochs"):
+    for name in ("checkpoint_every_steps", "epochs", "gradient_checkpointing", "parallel"):
         identity.pop(name)
+    if not options.early_stopping_patience:
+        identity.pop("evaluate_every_steps")
     return identity
-
-
-@contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    before = model.training
-    model.train(training)
-    try:
-        yield
-    finally:
-        model.train(before)

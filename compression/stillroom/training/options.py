@@ -1,21 +1,21 @@
-"""How the training loop runs: its options, its schedule, and the order of its rows."""
+"""How the training loop runs: its options and its schedule."""
 
 import hashlib
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from stillroom.errors import RecipeError
+from stillroom.training.team import Parallel
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
     """How the training loop runs; a step is one update by the optimizer.
 
-    `evaluate_every_steps` of 0 evaluates once, after the last step. The autocast `dtype` leaves
+    `evaluate_every_steps` of 0 evaluates once, after the last step. With
+    `early_stopping_patience` above 0 the run ends after so many evaluations in a row that did not
+    lower the watched figure, and the parameters of the lowest stay. The autocast `dtype` leaves
     the parameters and the optimizer in the model's own format.
     """
 
@@ -31,6 +31,10 @@ class TrainingOptions:
     seed: int = 0
     checkpoint_every_steps: int = 100
     evaluate_every_steps: int = 0
+    early_stopping_patience: int = 0
+    bucket_by_length: bool = False  # rows of about one length share a batch: less padding
+    gradient_checkpointing: bool = False  # activations are made again, not kept: memory for time
+    parallel: Parallel = "ddp"  # how processes share the model, where several train it
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -76,28 +80,3 @@ def derived_seed(*parts: object) -> int:
     """Return a seed in [0, 2^63) that depends on every part, and on nothing else."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-
-class RowOrder:
-    """The endless stream of row numbers: one seeded permutation an epoch, joined end to end.
-
-    Position p of the stream depends on (seed, p) alone, so a resumed run needs no state.
-    """
-
-    def __init__(self, rows: int, seed: int) -> None:
-        self.rows = rows
-        self.seed = seed
-        self._epoch = -1
-        self._permutation = torch.empty(0, dtype=torch.long)
-
-    def rows_at(self, start: int, count: int) -> Tensor:
-        """Return the row numbers (count,) at positions start … start + count - 1."""
-        return torch.stack([self._row(position) for position in range(start, start + count)])
-
-    def _row(self, position: int) -> Tensor:
-        epoch, offset = divmod(position, self.rows)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
-            self._permutation = torch.randperm(self.rows, generator=generator)
-            self._epoch = epoch
-        return self._permutation[offset]

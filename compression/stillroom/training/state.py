@@ -13,38 +13,46 @@ from torch import Tensor, nn
 from stillroom.checkpoint import Checkpoints
 from stillroom.errors import MismatchError
 from stillroom.training.history import TrainingHistory
+from stillroom.training.team import gathered, like_shares
 
 PREFIX = "step-"
+BEST = "best-"
 
 
 @dataclass(frozen=True)
 class TrainingState:
     """All that changes while the loop runs; random numbers come from (seed, step) instead.
 
-    `identity` is what two runs must share for one to continue the other.
+    `identity` is what two runs must share for one to continue the other. Where processes share the
+    parameters out, all of them call these methods, and the one that `writes` keeps the pieces.
     """
 
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     identity: dict[str, Any]
+    checkpoints: Checkpoints
+    writes: bool = True
 
-    def save(self, checkpoints: Checkpoints, step: int, history: TrainingHistory) -> None:
-        """Keep the state after `step` as the piece step-00000050, then delete older ones."""
-        name = f"{PREFIX}{step:08d}"
+    def save(self, step: int, history: TrainingHistory) -> None:
+        """Keep the state after `step` as the piece step-00000050, then delete what it replaces."""
+        state = {"identity": self.identity, "step": step, "history": history.to_json()}
+        tensors = {"parameters": self._whole(), "optimizer": self._moments()}
+        self._keep(f"{PREFIX}{step:08d}", tensors, state)
+        # Until now an interrupted run could have gone back to before the best one.
+        self._forget(BEST, but=f"{BEST}{history.best_step:08d}")
+
+    def save_best(self, step: int) -> None:
+        """Keep the parameters after `step` as the piece best-00000050, beside older ones."""
+        self._keep(f"{BEST}{step:08d}", {"parameters": self._whole()}, None)
+
+    def take_best(self, step: int) -> None:
+        """Load the parameters that `save_best` kept after `step`."""
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            # Clones own their memory: safetensors refuses views into a shared storage.
-            tensors = {key: value.detach().clone() for key, value in self.parameters.items()}
-            save_file(tensors, folder / "parameters.safetensors")
-            save_file(self._moments(), folder / "optimizer.safetensors")
-            state = {"identity": self.identity, "step": step, "history": history.to_json()}
-            (folder / "state.json").write_text(json.dumps(state, sort_keys=True))
-            checkpoints.save(name, folder)
-        for old in checkpoints.names():
-            if old.startswith(PREFIX) and old != name:
-                checkpoints.delete(old)
+            self.checkpoints.load(f"{BEST}{step:08d}", folder)
+            self._set_parameters(load_file(folder / "parameters.safetensors"))
 
-    def resume(self, checkpoints: Checkpoints) -> tuple[int, TrainingHistory]:
+    def resume(self) -> tuple[int, TrainingHistory]:
         """Load the newest checkpoint into parameters and optimizer; return its step and history.
 
         Without one: step 0 and an empty history.
@@ -53,26 +61,52 @@ class TrainingState:
             MismatchError: the checkpoint was made by another run.
             CorruptedError: its files have changed.
         """
-        names = [name for name in checkpoints.names() if name.startswith(PREFIX)]
+        names = [name for name in self.checkpoints.names() if name.startswith(PREFIX)]
         if not names:
             return 0, TrainingHistory()
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            checkpoints.load(names[-1], folder)
+            self.checkpoints.load(names[-1], folder)
             state = json.loads((folder / "state.json").read_text())
             require_same(names[-1], state["identity"], self.identity)
             tensors = load_file(folder / "parameters.safetensors")
             self._check_shapes(names[-1], tensors)
-            with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    parameter.copy_(tensors[name])
+            self._set_parameters(tensors)
             self._restore_moments(load_file(folder / "optimizer.safetensors"))
         return state["step"], TrainingHistory.from_json(state["history"])
+
+    def _keep(self, name: str, tensors: dict[str, dict[str, Tensor]], state: Any) -> None:
+        if not self.writes:
+            return
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            for file, content in tensors.items():
+                save_file(content, folder / f"{file}.safetensors")
+            if state is not None:
+                (folder / "state.json").write_text(json.dumps(state, sort_keys=True))
+            self.checkpoints.save(name, folder)
+        if name.startswith(PREFIX):
+            self._forget(PREFIX, but=name)
+
+    def _forget(self, prefix: str, *, but: str) -> None:
+        if self.writes:
+            for old in self.checkpoints.names():
+                if old.startswith(prefix) and old != but:
+                    self.checkpoints.delete(old)
+
+    def _whole(self) -> dict[str, Tensor]:
+        # Each owns its memory: safetensors refuses views into a shared storage.
+        return {name: gathered(value) for name, value in self.parameters.items()}
+
+    def _set_parameters(self, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(like_shares(tensors[name], parameter))
 
     def _moments(self) -> dict[str, Tensor]:
         # A name of a parameter holds dots but never a slash.
         return {
-            f"{name}/{moment}": value.detach().clone()
+            f"{name}/{moment}": gathered(value)
             for name, parameter in self.parameters.items()
             for moment, value in self.optimizer.state[parameter].items()
         }
@@ -81,9 +115,9 @@ class TrainingState:
         for key, value in moments.items():
             name, moment = key.rsplit("/", 1)
             parameter = self.parameters[name]
-            # Only the step count stays where the optimizer keeps it; moments follow the parameter.
-            kept = torch.empty_like(value, device=parameter.device).copy_(value)
-            self.optimizer.state[parameter][moment] = kept
+            # The step count is a scalar, which processes do not share out.
+            restored = like_shares(value, parameter) if value.dim() else value.to(parameter.device)
+            self.optimizer.state[parameter][moment] = restored
 
     def _check_shapes(self, piece: str, tensors: dict[str, Tensor]) -> None:
         saved = {name: tuple(value.shape) for name, value in tensors.items()}

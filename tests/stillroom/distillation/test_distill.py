@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stillroom.checkpoint import FolderCheckpoints
-from stillroom.distillation.distill import DistillationOptions, distill
+from stillroom.distillation.distill import DistillationOptions, Taught, distill
 from stillroom.distillation.student import initialise_student
 from stillroom.distillation.teacher_cache import CacheOptions, capture
 from stillroom.errors import MismatchError, RecipeError
@@ -35,6 +35,46 @@ def kl(teacher, student, examples):
     return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
+def test_early_stopping_goes_by_the_divergence_on_held_out_rows(tmp_path):
+    teacher, examples, fresh = (
+        tiny_llama(layers=3),
+        token_rows(8),
+        token_rows(10, seed=1, padding=3),
+    )
+    cache = cached(tmp_path / "train", teacher, examples)
+    held_out = Taught(fresh, cached(tmp_path / "held out", teacher, fresh, kind="dense"))
+    student = initialise_student(teacher, (0,))
+    # Eight rows, learned by heart: sooner or later the student gets worse on others.
+    training = replace(
+        TRAINING, steps=200, learning_rate=2e-2, evaluate_every_steps=2, early_stopping_patience=3
+    )
+    options = replace(OPTIONS, training=training)
+    history = distill(student, Taught(examples, cache), options, evaluation=held_out)
+    nats = history.evaluations["held_out_kl_nats"]
+    assert len(history.steps) < 200
+    assert history.evaluation_steps[nats.index(min(nats))] == history.best_step
+    still = replace(training, steps=1, learning_rate=1e-30, weight_decay=0.0)
+    again = distill(
+        student, Taught(examples, cache), replace(options, training=still), evaluation=held_out
+    )
+    assert again.evaluations["held_out_kl_nats"] == pytest.approx([min(nats)], rel=1e-5)
+    with torch.no_grad():
+        ids, mask = fresh.input_ids, fresh.attention_mask
+        p = teacher(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+        q = student(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+    real = mask[:, 1:].bool()  # where a next token is known
+    expected = (p.exp() * (p - q)).sum(-1)[:, :-1][real].mean().item()
+    assert min(nats) == pytest.approx(expected, rel=1e-3)
+
+
+def test_held_out_targets_of_other_rows_are_refused(tmp_path):
+    teacher, examples, fresh = tiny_llama(layers=3), token_rows(8), token_rows(8, seed=1)
+    cache = cached(tmp_path, teacher, examples)
+    student = initialise_student(teacher, (0,))
+    with pytest.raises(MismatchError, match="other rows"):
+        distill(student, Taught(examples, cache), OPTIONS, evaluation=Taught(fresh, cache))
+
+
 @pytest.mark.parametrize("kind", ["sampled", "dense"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_student_comes_closer_to_the_teacher(tmp_path, kind, temperature):
@@ -45,7 +85,7 @@ def test_student_comes_closer_to_the_teacher(tmp_path, kind, temperature):
     before = kl(teacher, student, fresh)
     training = replace(TRAINING, batch_rows=8, learning_rate=3e-3)
     options = replace(OPTIONS, temperature=temperature, training=training)
-    history = distill(student, examples, cache, options, evaluation=fresh)
+    history = distill(student, Taught(examples, cache), options, evaluation=Taught(fresh))
     assert kl(teacher, student, fresh) < 0.9 * before
     assert list(history.figures) == ["kl_nats"]
     assert history.evaluation_steps == [15, 30]
@@ -59,7 +99,9 @@ def test_student_comes_closer_by_every_divergence(tmp_path, divergence):
     student, fresh = initialise_student(teacher, (0,)), token_rows(10, seed=1)
     before = kl(teacher, student, fresh)
     training = replace(TRAINING, batch_rows=8, learning_rate=3e-3)
-    distill(student, examples, cache, replace(OPTIONS, divergence=divergence, training=training))
+    distill(
+        student, Taught(examples, cache), replace(OPTIONS, divergence=divergence, training=training)
+    )
     assert kl(teacher, student, fresh) < 0.9 * before
 
 
@@ -69,7 +111,7 @@ def test_hidden_states_come_closer_in_direction(tmp_path):
     student = initialise_student(teacher, (0,))
     training = replace(TRAINING, batch_rows=8, learning_rate=3e-3)
     options = replace(OPTIONS, soft_weight=0.0, cosine_weight=2.0, training=training)
-    history = distill(student, examples, cache, options)
+    history = distill(student, Taught(examples, cache), options)
     distances = history.figures["hidden_cosine_distance"]
     assert history.loss == pytest.approx([2 * each for each in distances])
     assert distances[-1] < 0.7 * distances[0]
@@ -78,7 +120,7 @@ def test_hidden_states_come_closer_in_direction(tmp_path):
         theirs, ours = (m(**arguments).hidden_states[-1] for m in (teacher, student))
     expected = 1 - torch.nn.functional.cosine_similarity(ours, theirs, dim=-1).mean().item()
     still = replace(training, steps=1, batch_rows=240, learning_rate=1e-30, weight_decay=0.0)
-    history = distill(student, examples, cache, replace(options, training=still))
+    history = distill(student, Taught(examples, cache), replace(options, training=still))
     # The cache holds halves.
     assert history.figures["hidden_cosine_distance"] == [pytest.approx(expected, abs=1e-4)]
 
@@ -88,7 +130,9 @@ def test_the_cosine_needs_hidden_states(tmp_path):
     cache = cached(tmp_path, teacher, examples)
     with pytest.raises(MismatchError, match="holds no hidden states"):
         distill(
-            initialise_student(teacher, (0,)), examples, cache, replace(OPTIONS, cosine_weight=1.0)
+            initialise_student(teacher, (0,)),
+            Taught(examples, cache),
+            replace(OPTIONS, cosine_weight=1.0),
         )
 
 
@@ -105,7 +149,7 @@ def test_gradient_from_drawn_targets_is_unbiased(tmp_path):
 
         hook = student.register_forward_hook(keep)
         still = replace(TRAINING, steps=1, batch_rows=2, learning_rate=1e-30, weight_decay=0.0)
-        distill(student, examples, cache, replace(OPTIONS, training=still))
+        distill(student, Taught(examples, cache), replace(OPTIONS, training=still))
         hook.remove()
         return gradients[0].double()
 
@@ -126,7 +170,7 @@ def test_both_losses_are_named(tmp_path):
     teacher, examples = tiny_llama(), token_rows(4)
     cache = cached(tmp_path, teacher, examples)
     options = replace(OPTIONS, hard_weight=0.5, training=replace(TRAINING, steps=2))
-    history = distill(initialise_student(teacher, (0,)), examples, cache, options)
+    history = distill(initialise_student(teacher, (0,)), Taught(examples, cache), options)
     for loss, soft, hard in zip(
         history.loss,
         history.figures["kl_nats"],
@@ -140,7 +184,7 @@ def test_without_a_cache_it_is_plain_cross_entropy():
     teacher, examples = tiny_llama(), token_rows(4)
     one, other = (initialise_student(teacher, (1,)) for _ in range(2))
     options = replace(OPTIONS, training=replace(TRAINING, steps=3))
-    history = distill(one, examples, None, options)
+    history = distill(one, Taught(examples), options)
     assert history.loss == fine_tune(other, examples, options.training).loss
     pairs = zip(one.parameters(), other.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -153,7 +197,7 @@ def test_classifier_learns_from_cached_logits(tmp_path):
     cache = cached(tmp_path, teacher, examples)
     student = tiny_bert_classifier(seed=7)
     before = kl(teacher, student, examples)
-    distill(student, examples, cache, replace(OPTIONS, hard_weight=0.5))
+    distill(student, Taught(examples, cache), replace(OPTIONS, hard_weight=0.5))
     assert kl(teacher, student, examples) < 0.2 * before
 
 
@@ -162,7 +206,7 @@ def test_distillation_resumes_to_the_same_bytes(tmp_path):
     cache = cached(tmp_path / "cache", teacher, examples)
     options = replace(OPTIONS, training=replace(TRAINING, steps=10))
     whole = initialise_student(teacher, (0,))
-    distill(whole, examples, cache, options)
+    distill(whole, Taught(examples, cache), options)
 
     def stop(done, total, unit, note=""):
         if done == 6:
@@ -172,8 +216,7 @@ def test_distillation_resumes_to_the_same_bytes(tmp_path):
     with pytest.raises(Stopped):
         distill(
             initialise_student(teacher, (0,)),
-            examples,
-            cache,
+            Taught(examples, cache),
             options,
             checkpoints=checkpoints,
             progress=stop,
@@ -181,9 +224,12 @@ def test_distillation_resumes_to_the_same_bytes(tmp_path):
     resumed = initialise_student(teacher, (0,))
     with pytest.raises(MismatchError, match="fingerprint"):
         distill(
-            resumed, examples, cache, replace(options, hard_weight=1.0), checkpoints=checkpoints
+            resumed,
+            Taught(examples, cache),
+            replace(options, hard_weight=1.0),
+            checkpoints=checkpoints,
         )
-    distill(resumed, examples, cache, options, checkpoints=checkpoints)
+    distill(resumed, Taught(examples, cache), options, checkpoints=checkpoints)
     pairs = zip(whole.parameters(), resumed.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
@@ -193,11 +239,11 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     cache = cached(tmp_path, teacher, examples)
     student = initialise_student(teacher, (0,))
     with pytest.raises(MismatchError, match="temperature"):
-        distill(student, examples, cache, replace(OPTIONS, temperature=3.0))
+        distill(student, Taught(examples, cache), replace(OPTIONS, temperature=3.0))
     with pytest.raises(MismatchError, match="64 words or labels, the student 70"):
-        distill(tiny_llama(vocab=70), examples, cache, OPTIONS)
+        distill(tiny_llama(vocab=70), Taught(examples, cache), OPTIONS)
     with pytest.raises(RecipeError, match="cosine_weight are 0"):
-        distill(student, examples, cache, replace(OPTIONS, soft_weight=0.0))
+        distill(student, Taught(examples, cache), replace(OPTIONS, soft_weight=0.0))
 
 
 def test_measure_weighs_labels_and_not_batches():

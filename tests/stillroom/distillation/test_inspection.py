@@ -10,7 +10,9 @@ from tests.stillroom.rows import TOKENIZER, labelled_rows, token_rows
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
 
 TEACHER = tiny_llama()
-OPTIONS = CacheOptions(rows_per_shard=8, batch_rows=8, temperature=1.5, audit_rows=32)
+OPTIONS = CacheOptions(
+    head=4, draws=8, rows_per_shard=8, batch_rows=8, temperature=1.5, audit_rows=32
+)
 EXAMPLES = token_rows(40, 24, padding=5)
 
 

@@ -405,9 +405,9 @@ def header(file):
 def test_layout_is_the_documented_one(tmp_path):
     captured(tmp_path)
     assert header(tmp_path / "shard-00000.safetensors") == {
-        "head_ids": ("U16", [2, 12, 4]),
-        "head_probabilities": ("F16", [2, 12, 4]),
-        "tail_ids": ("U16", [2, 12, 8]),
+        "head_ids": ("U16", [2, 12, 2]),
+        "head_probabilities": ("F16", [2, 12, 2]),
+        "tail_ids": ("U16", [2, 12, 12]),
         "tail_mass": ("F16", [2, 12]),
         "entropy": ("F32", [2, 12]),
     }

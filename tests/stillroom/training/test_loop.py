@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from stillroom.checkpoint import FolderCheckpoints
-from stillroom.errors import DataError, MismatchError, NotFiniteError, StageError
+from stillroom.errors import DataError, MismatchError, NotFiniteError, RecipeError, StageError
 from stillroom.fine_tuning import cross_entropy
 from stillroom.training.history import TrainingHistory
-from stillroom.training.loop import train
+from stillroom.training.loop import HeldOut, train
 from stillroom.training.options import TrainingOptions
 from tests.stillroom.rows import labelled_rows, token_rows
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
@@ -173,10 +173,136 @@ def test_evaluation_runs_without_dropout_at_its_steps_and_the_last():
         return {"one": 1.0}
 
     options = replace(OPTIONS, steps=5, evaluate_every_steps=2)
-    history = train(tiny_llama(), token_rows(), cross_entropy, options, evaluate=evaluate)
+    history = train(tiny_llama(), token_rows(), cross_entropy, options, held_out=HeldOut(evaluate))
     assert history.evaluation_steps == [2, 4, 5]
     assert history.evaluations == {"one": [1.0] * 3}
     assert seen == [False] * 3
+
+
+def measuring(*figures):
+    """Return a measurement that gives these figures one by one, and the list of its calls."""
+    left = list(figures)
+    return HeldOut(lambda model: {"loss": left.pop(0)}, watch="loss")
+
+
+def test_early_stopping_ends_after_its_patience_and_keeps_the_best(tmp_path):
+    options = replace(OPTIONS, steps=10, evaluate_every_steps=1, early_stopping_patience=2)
+    checkpoints = FolderCheckpoints(tmp_path)
+    model, expected = tiny_llama(), tiny_llama()
+    held_out = measuring(3.0, 2.0, 2.5, 2.0)
+    examples = token_rows()
+    history = train(
+        model, examples, cross_entropy, options, held_out=held_out, checkpoints=checkpoints
+    )
+    assert history.steps == history.evaluation_steps == [1, 2, 3, 4]
+    assert history.best_step == 2
+    assert history.kept() == {"loss": 2.0}
+    stop = stop_at(2)
+    with pytest.raises(Stopped):
+        train(
+            expected,
+            examples,
+            cross_entropy,
+            replace(options, early_stopping_patience=0),
+            progress=stop,
+        )
+    assert same_bytes(model, expected)
+
+
+@pytest.mark.parametrize("figures", [(math.nan, 2.0, 3.0, 3.0), (2.0, math.nan, 3.0)])
+def test_what_is_no_number_is_never_better(figures):
+    options = replace(OPTIONS, steps=10, evaluate_every_steps=1, early_stopping_patience=2)
+    held_out = measuring(*figures)
+    history = train(tiny_llama(), token_rows(), cross_entropy, options, held_out=held_out)
+    assert history.kept() == {"loss": 2.0}
+    assert len(history.steps) == len(figures)
+
+
+@pytest.mark.parametrize("killed_at", [3, 5])
+def test_early_stopping_resumes_with_the_best_so_far(tmp_path, killed_at):
+    # The best of all comes before the first checkpoint, or after the last that was written.
+    figures = [3.0, 1.0, 2.0, 2.0, 0.5, 2.0] if killed_at == 5 else [3.0, 1.0, 2.0, 2.0, 2.0, 2.0]
+    options = replace(OPTIONS, steps=6, evaluate_every_steps=1, early_stopping_patience=5)
+    options = replace(options, checkpoint_every_steps=killed_at - 1)
+    examples, checkpoints = token_rows(), FolderCheckpoints(tmp_path)
+    whole, killed, resumed = tiny_llama(), tiny_llama(), tiny_llama()
+    expected = train(whole, examples, cross_entropy, options, held_out=measuring(*figures))
+    with pytest.raises(Stopped):
+        train(
+            killed,
+            examples,
+            cross_entropy,
+            options,
+            held_out=measuring(*figures),
+            checkpoints=checkpoints,
+            progress=stop_at(killed_at),
+        )
+    rest = figures[killed_at - 1 :]
+    history = train(
+        resumed,
+        examples,
+        cross_entropy,
+        options,
+        held_out=measuring(*rest),
+        checkpoints=checkpoints,
+    )
+    assert history.best_step == expected.best_step == (5 if killed_at == 5 else 2)
+    assert history.evaluations == expected.evaluations
+    assert same_bytes(resumed, whole)
+
+
+def test_early_stopping_needs_something_to_go_by():
+    options = replace(OPTIONS, early_stopping_patience=1)
+    with pytest.raises(RecipeError, match="needs rows that are held out"):
+        train(tiny_llama(), token_rows(), cross_entropy, options)
+
+
+def test_padding_of_a_whole_batch_is_not_computed():
+    seen = []
+
+    def loss(model, batch):
+        seen.append((batch.length, batch.labels.shape[1]))
+        return cross_entropy(model, batch)
+
+    examples = token_rows(4, padding=5)
+    odd = examples.take(slice(1, None, 2))
+    options = replace(OPTIONS, steps=1)
+    short = train(tiny_llama(), odd, loss, options)
+    assert seen == [(8, 8)]  # a multiple of eight
+    cut = train(tiny_llama(), odd.without_shared_padding(), loss, options)
+    assert short.loss == cut.loss
+
+
+def test_recomputed_activations_give_the_same_bytes_in_less_memory():
+    kept, recomputed = tiny_bert_classifier(), tiny_bert_classifier()
+    examples = labelled_rows()
+    options = replace(OPTIONS, steps=3)
+    saved = []
+
+    def bytes_kept(options, model):
+        total = 0
+
+        def pack(tensor):
+            nonlocal total
+            total += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            train(model, examples, cross_entropy, options)
+        saved.append(total)
+
+    bytes_kept(options, kept)
+    bytes_kept(replace(options, gradient_checkpointing=True), recomputed)
+    assert same_bytes(kept, recomputed)
+    assert saved[1] < 0.5 * saved[0]
+    assert not recomputed.is_activation_checkpointing
+    with pytest.raises(RecipeError, match="Linear cannot make its activations again"):
+        train(
+            nn.Linear(2, 2),
+            examples,
+            cross_entropy,
+            replace(options, gradient_checkpointing=True),
+        )
 
 
 def test_autocast_leaves_the_parameters_in_float32():

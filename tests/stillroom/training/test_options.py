@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillroom.errors import RecipeError
-from stillroom.training.options import RowOrder, TrainingOptions, learning_rate_at, total_steps
+from stillroom.training.batches import RowOrder
+from stillroom.training.options import TrainingOptions, learning_rate_at, total_steps
 
 OPTIONS = TrainingOptions(learning_rate=1.0, warmup_fraction=0.2)
 
@@ -60,3 +61,29 @@ def test_epochs_become_steps_rounded_up():
 def test_no_step_is_refused():
     with pytest.raises(RecipeError, match="at least one step, got 0"):
         total_steps(replace(OPTIONS, steps=0), rows=5)
+
+
+def test_bucketed_rows_come_once_an_epoch_beside_rows_of_their_length():
+    lengths = torch.randint(1, 100, (331,), generator=torch.Generator().manual_seed(0))
+    order = RowOrder(331, 3, batch_rows=8, lengths=lengths)
+    rows = order.rows_at(0, 3 * 331)
+    for epoch in rows.split(331):
+        assert sorted(epoch.tolist()) == list(range(331))
+    assert not torch.equal(rows[:331], rows[331:662])
+
+    def padded(rows):
+        return sum(8 * lengths[batch].max() for batch in rows[: len(rows) // 8 * 8].split(8))
+
+    plain = RowOrder(331, 3).rows_at(0, 3 * 331)
+    assert padded(rows) < 1.1 * lengths[rows].sum()
+    assert padded(plain) > 1.5 * lengths[plain].sum()
+    # Long and short batches are mixed, and any position can be asked for.
+    means = lengths[rows[:320]].float().reshape(-1, 8).mean(1)
+    assert (means[:20].mean() / means[20:].mean() - 1).abs() < 0.5
+    again = RowOrder(331, 3, batch_rows=8, lengths=lengths)
+    assert torch.equal(again.rows_at(500, 20), rows[500:520])
+
+
+def test_fewer_rows_than_a_batch_are_bucketed_too():
+    order = RowOrder(3, 0, batch_rows=8, lengths=torch.tensor([1, 2, 3]))
+    assert sorted(order.rows_at(0, 9).tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]

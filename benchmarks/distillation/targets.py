@@ -1,0 +1,55 @@
+"""How many words to keep and how many to draw: the targets' spread at the same bytes a token."""
+
+import torch
+
+from benchmarks.claims import at_most, write_measure
+from benchmarks.distillation.places import measure_path
+from benchmarks.distillation.work import load_teacher, train_rows
+from benchmarks.text import text_source
+from stillroom.distillation.sampling import sparsify
+from stillroom.distillation.teacher_cache import CacheOptions
+
+ROWS = 16
+EVERY = 4  # positions of a row
+REPEATS = 16
+# A word that is kept takes four bytes, its id and its probability; one that is drawn its id, two.
+PAIRS = ((0, 16), (1, 14), (2, 12), (3, 10), (4, 8), (5, 6), (6, 4))
+
+
+def measure_targets() -> None:
+    """Compare the squared distance of the targets from the teacher's distribution, in the mean."""
+    spreads = dict.fromkeys(PAIRS, 0.0)
+    count = 0
+    generator = torch.Generator().manual_seed(0)
+    for row in train_rows().input_ids[:ROWS]:
+        with torch.no_grad():
+            logits = load_teacher()(input_ids=row[None], use_cache=False).logits[0, ::EVERY]
+        probabilities = torch.softmax(logits, -1)
+        count += len(probabilities)
+        for pair in PAIRS:
+            spreads[pair] += _spread(probabilities, *pair, generator)
+    default = CacheOptions()
+    ours, least = spreads[default.head, default.draws], min(spreads.values())
+    rows = [
+        {"head": head, "draws": draws, "squared_error": spread / count}
+        for (head, draws), spread in spreads.items()
+    ]
+    claims = [at_most("squared error of the default's targets over the least", 1.05, ours / least)]
+    write_measure(measure_path("targets"), claims, text=text_source(), rows=rows)
+
+
+def _spread(
+    probabilities: torch.Tensor, head: int, draws: int, generator: torch.Generator
+) -> float:
+    """Return the sum over positions (positions, vocab) of Σ_i (t_i − p_i)², a mean of draws."""
+    total = 0.0
+    for _ in range(REPEATS):
+        shape = (len(probabilities), draws)
+        uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)
+        kept = sparsify(probabilities, head, uniforms)
+        each = (kept.tail_mass / draws).unsqueeze(-1).expand(-1, draws)
+        targets = torch.zeros_like(probabilities)
+        targets.scatter_add_(-1, kept.head_ids, kept.head_probabilities)
+        targets.scatter_add_(-1, kept.tail_ids, each)
+        total += (targets - probabilities).square().sum().item()
+    return total / REPEATS
