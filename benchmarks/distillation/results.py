@@ -84,6 +84,25 @@ def summarise(results: dict[str, Any]) -> str:
                 },
             ),
         ]
+    if "sst2" in measures:
+        facts = measures["sst2"]
+        parts += [
+            f"## DistilBERT's claim: MiniLM and 3 of its 6 layers on SST-2, {facts['seeds']} seeds",
+            f"{facts['train_examples']} phrases to learn from, {facts['examples']} of other "
+            f"sentences to measure on; the 3 layers are {facts['speed']:.2f} times as fast. "
+            "± is over sentences and seeds.",
+            _table(
+                facts["rows"],
+                {
+                    "model": "model",
+                    "parameters": "parameters",
+                    "accuracy": "right, %",
+                    "lost": "lost against the teacher, points",
+                    "standard_error": "± ",
+                    "glue": "right of GLUE's 872, %",
+                },
+            ),
+        ]
     if "mixture" in measures:
         steps, seeds = measures["mixture"]["steps"], measures["mixture"]["seeds"]
         parts += [
