@@ -157,7 +157,7 @@ def _student(
     if not variant.initialised:
         torch.manual_seed(seed)
         student = type(student)(student.config)
-    options = DistillationOptions(_training(seed), 0.5, 0.5, temperature=TEMPERATURE)
+    options = DistillationOptions(_training(seed), 1.0, 0.0, temperature=TEMPERATURE)
     distill(student, Taught(rows, cached if variant.taught else None), options)
     return student.eval()
 

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stillroom.distillation.chosen_words import cross_entropy_of_words
 from stillroom.errors import MismatchError, RecipeError
 
 IGNORED = -100
@@ -49,9 +50,9 @@ def hard_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
     `logits` (…, classes), `labels` (…) already shifted; -100 is left out. 0 where all are.
     """
-    chosen = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)  # (…)
-    # logsumexp and one gathered value: log_softmax would write a second tensor as large as logits.
-    return _mean(torch.logsumexp(logits, -1) - chosen, labels != IGNORED)
+    known = labels != IGNORED
+    ids = labels.clamp(min=0).unsqueeze(-1)
+    return _mean(cross_entropy_of_words(logits, ids, known.float().unsqueeze(-1)), known)
 
 
 def soft_cross_entropy(
@@ -62,11 +63,10 @@ def soft_cross_entropy(
     `logits` (rows, length, vocab), `labels` (rows, length) already shifted. Linear in the targets,
     so targets whose expectation is the teacher's distribution give an unbiased gradient.
     """
-    scaled = _soften(logits, temperature)
-    weights = targets.probabilities
-    chosen = (weights * scaled.gather(-1, targets.ids)).sum(-1)  # (rows, length)
-    cross = weights.sum(-1) * torch.logsumexp(scaled, -1) - chosen
-    return temperature**2 * _mean(cross, labels != IGNORED)
+    known = labels != IGNORED
+    weights = torch.where(known.unsqueeze(-1), targets.probabilities, 0.0)
+    cross = cross_entropy_of_words(logits, targets.ids, weights, temperature)  # (rows, length)
+    return temperature**2 * _mean(cross, known)
 
 
 def soft_kl(
