@@ -85,8 +85,9 @@ def trim_vocabulary(
 ) -> tuple[PreTrainedModel, Any]:
     """Return a new model and a new tokenizer that know the words `keep` only, numbered from 0.
 
-    The model shares no memory with the old one; its logits are the old ones at the kept words. The
-    rows a model has beyond the tokenizer's words go. Neither argument is changed.
+    The model shares no memory with the old one. Its logits are the old ones at the kept words, bit
+    for bit where the head's product sums in the same order for both sizes. The rows a model has
+    beyond the tokenizer's words go. Neither argument is changed.
 
     Args:
         model: with embeddings of (rows, hidden), found through `get_input_embeddings`, and

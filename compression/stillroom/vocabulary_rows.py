@@ -61,7 +61,7 @@ def _row_tensors(model: Any, keep: Sequence[int]) -> dict[int, torch.Tensor]:
             f"{type(model.get_input_embeddings()).__name__} came; cut the model before it is packed"
         )
     size = table.shape[0]
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     owned = [table, getattr(head, "weight", None), getattr(head, "bias", None)]
     rows: dict[int, torch.Tensor] = {}
     for old in owned:

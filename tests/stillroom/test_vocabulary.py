@@ -1,4 +1,4 @@
-import os
+import pydoc_data.topics
 import sysconfig
 from collections.abc import Iterable
 from functools import cache
@@ -19,14 +19,20 @@ from tokenizers import (
     trainers,
 )
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
-from stillroom.builtin import builtin_file, import_builtin
+from stillroom.builtin import import_builtin
 from stillroom.errors import RecipeError
 from stillroom.models import load_model, load_tokenizer, save_model, tokenizer_hash
 from stillroom.vocabulary import trim_vocabulary, used_words, words_to_keep
@@ -72,6 +78,7 @@ def trained(kind: str, size: int = 400) -> PreTrainedTokenizerFast:
     elif kind == "marked-bpe":
         backend = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.BPEDecoder(suffix="</w>")
         trainer = trainers.BpeTrainer(
             vocab_size=size, special_tokens=SPECIAL, end_of_word_suffix="</w>"
         )
@@ -235,7 +242,7 @@ def tiny_gpt2(vocab: int) -> GPT2LMHeadModel:
 def untied_llama(vocab: int) -> LlamaForCausalLM:
     config = tiny_llama(vocab=vocab).config
     config.tie_word_embeddings = False
-    config.eos_token_id = [2, vocab - 1]
+    config.eos_token_id = [2, 3]
     torch.manual_seed(1)
     return LlamaForCausalLM(config).eval()
 
@@ -247,18 +254,75 @@ def biased_masked(vocab: int) -> Any:
     return model
 
 
+def tiny_t5(vocab: int) -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=vocab,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+    return T5ForConditionalGeneration(config).eval()
+
+
+def tiny_bart(vocab: int) -> BartForConditionalGeneration:
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=vocab,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=128,
+    )
+    model = BartForConditionalGeneration(config).eval()
+    model.final_logits_bias.uniform_(-1, 1)
+    return model
+
+
 MODELS = {
     "tied llama": lambda vocab: tiny_llama(vocab=vocab),
     "untied llama": untied_llama,
     "gpt2": tiny_gpt2,
     "bert masked": biased_masked,
+    "t5": tiny_t5,
+    "bart": tiny_bart,
     "bert classifier": lambda vocab: tiny_bert_classifier(vocab=vocab),
 }
 
 
-def logits(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
+def logits(
+    model: PreTrainedModel, rows: list[list[int]], keep: list[int] | None = None
+) -> torch.Tensor:
+    """Return the logits, those of the words `keep` through a head of their rows alone.
+
+    A matrix product may sum in another order when the matrix has other sizes, so that the last bit
+    of a logit hangs on how many other words there are.
+    """
+    head = model.get_output_embeddings() if keep else None
+    handles = []
+    if head is not None:
+        bias = None if head.bias is None else head.bias[keep]
+
+        def narrow(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            output[..., keep] = torch.nn.functional.linear(inputs[0], head.weight[keep], bias)
+            return output
+
+        handles.append(head.register_forward_hook(narrow))
+    ids = {"input_ids": torch.tensor(rows)}
+    if model.config.is_encoder_decoder:
+        ids["decoder_input_ids"] = ids["input_ids"]
     with torch.inference_mode():
-        return model(input_ids=torch.tensor(rows)).logits
+        result = model(**ids).logits
+    for handle in handles:
+        handle.remove()
+    return result if head is None else result[..., keep]
 
 
 @pytest.mark.parametrize("surplus", [0, 24])
@@ -266,8 +330,6 @@ def logits(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
 def test_logits_are_the_old_ones_at_the_kept_words(name: str, surplus: int, tmp_path: Path) -> None:
     old_tokenizer = trained("bpe")
     old = MODELS[name](len(old_tokenizer) + surplus)
-    if name == "untied llama":
-        old.config.eos_token_id = [2, old_tokenizer.convert_tokens_to_ids("<tool>")]
     keep = words_to_keep(old_tokenizer, used_words(old_tokenizer, CORPUS[:2]))
     before = {key: value.clone() for key, value in old.state_dict().items()}
     new, tokenizer = trim_vocabulary(old, old_tokenizer, keep)
@@ -279,23 +341,26 @@ def test_logits_are_the_old_ones_at_the_kept_words(name: str, surplus: int, tmp_
     places = {tensor.data_ptr() for tensor in old.state_dict().values()}
     assert not places & {tensor.data_ptr() for tensor in new.state_dict().values()}
 
-    after = ids(tokenizer, CORPUS[0])
-    expected = logits(old, [ids(old_tokenizer, CORPUS[0])])
+    before_ids, after = ids(old_tokenizer, CORPUS[0]), ids(tokenizer, CORPUS[0])
+    assert torch.equal(logits(new, [after]), logits(old, [before_ids], keep))
     if name != "bert classifier":
-        expected = expected[..., keep]
+        torch.testing.assert_close(logits(new, [after]), logits(old, [before_ids])[..., keep])
         head, old_head = new.get_output_embeddings(), old.get_output_embeddings()
         tied = old_head.weight is old.get_input_embeddings().weight
         assert (head.weight is new.get_input_embeddings().weight) is tied
         assert head.out_features == len(keep)
-    assert torch.equal(logits(new, [after]), expected)
 
     save_model(new, tokenizer, tmp_path)
-    task = "sequence_classification" if name == "bert classifier" else "causal_lm"
+    tasks = {"bert classifier": "sequence_classification", "t5": "seq2seq_lm", "bart": "seq2seq_lm"}
+    tasks = {"bert classifier": "sequence_classification", "t5": "seq2seq_lm", "bart": "seq2seq_lm"}
     if name == "bert masked":
-        loaded: Any = type(new).from_pretrained(tmp_path).eval()
+        loaded: Any = type(new).from_pretrained(tmp_path)
     else:
-        loaded = load_model(tmp_path, task=task)
-    assert torch.equal(logits(loaded, [after]), expected)
+        loaded = load_model(tmp_path, task=tasks.get(name, "causal_lm"))
+    # Not the logits' bits: a matrix read from a file may lie at another alignment.
+    again = loaded.state_dict()
+    assert again.keys() == new.state_dict().keys()
+    assert all(torch.equal(value, again[key]) for key, value in new.state_dict().items())
     assert tokenizer_hash(load_tokenizer(tmp_path)) == tokenizer_hash(tokenizer)
     assert ids(load_tokenizer(tmp_path), CORPUS[0]) == after
 
@@ -304,6 +369,7 @@ def test_every_id_of_the_configuration_is_renumbered() -> None:
     tokenizer = trained("bpe")
     tool = tokenizer.convert_tokens_to_ids("<tool>")
     old = untied_llama(len(tokenizer))
+    old.config.eos_token_id = [2, tool]
     old.config.pad_token_id = -1
     old.generation_config.eos_token_id = [2, tool]
     old.generation_config.suppress_tokens = [tool]
@@ -317,3 +383,140 @@ def test_every_id_of_the_configuration_is_renumbered() -> None:
     old.config.eos_token_id = next(i for i in range(len(tokenizer)) if i not in keep)
     with pytest.raises(RecipeError, match="eos_token_id among the kept words"):
         trim_vocabulary(old, tokenizer, keep)
+
+
+# --- what is refused ---
+
+
+def test_other_tokenizers_are_refused() -> None:
+    with pytest.raises(RecipeError, match="BPE, WordPiece or Unigram, WordLevel came"):
+        words_to_keep(tiny_tokenizer(), {})
+    with pytest.raises(RecipeError, match="expected a fast tokenizer, object came"):
+        words_to_keep(object(), {})
+
+
+def test_ids_that_are_no_words_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"\[10000\] came"):
+        words_to_keep(trained("bpe"), {10_000: 1})
+
+
+@pytest.mark.parametrize("wrong", ["short", "reversed", "twice"])
+def test_a_list_that_words_to_keep_did_not_make_is_refused(wrong: str) -> None:
+    tokenizer = trained("bpe")
+    keep = words_to_keep(tokenizer, {})
+    lists = {"short": keep[1:], "reversed": keep[::-1], "twice": [keep[0], *keep]}
+    with pytest.raises(RecipeError, match="pass what words_to_keep returns"):
+        cut(tokenizer, lists[wrong])
+
+
+def test_a_model_with_fewer_rows_than_the_tokenizer_has_words_is_refused() -> None:
+    tokenizer = trained("bpe")
+    keep = words_to_keep(tokenizer, {})
+    with pytest.raises(RecipeError, match="use the tokenizer the model was trained with"):
+        trim_vocabulary(tiny_llama(vocab=len(tokenizer) - 1), tokenizer, keep)
+
+
+def test_a_model_with_another_table_of_words_is_refused() -> None:
+    tokenizer = trained("bpe")
+    keep = words_to_keep(tokenizer, {})
+    model: Any = tiny_llama(vocab=len(tokenizer))
+    model.per_word = torch.nn.Embedding(len(tokenizer), 2)
+    with pytest.raises(RecipeError, match=r"per_word\.weight has \d+ rows"):
+        trim_vocabulary(model, tokenizer, keep)
+    with pytest.raises(RecipeError, match="expected a transformers model, Linear came"):
+        trim_vocabulary(torch.nn.Linear(2, 2), tokenizer, keep)
+
+
+def test_positions_that_count_from_the_padding_keep_it_where_it_is() -> None:
+    tokenizer = trained("bpe")
+    keep = words_to_keep(tokenizer, {})
+    for pad, name in ((0, "<pad>"), (len(tokenizer) - 1, "<tool>")):
+        assert tokenizer.convert_tokens_to_ids(name) == pad
+        config = RobertaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=len(tokenizer) + 64,
+            pad_token_id=pad,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        model = RobertaForMaskedLM(config).eval()
+        if pad:
+            with pytest.raises(RecipeError, match="position_embeddings counts from"):
+                trim_vocabulary(model, tokenizer, keep)
+        else:
+            new, _ = trim_vocabulary(model, tokenizer, keep)
+            assert torch.equal(logits(new, [[1, 5, 2]]), logits(model, [[1, keep[5], 2]], keep))
+
+
+# --- models that people use ---
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("gguf")
+    folder = tmp_path_factory.mktemp("smollm2")
+    import_builtin("smollm2", folder)
+    return folder
+
+
+def source_lines(*names: str) -> list[str]:
+    folder = Path(sysconfig.get_path("stdlib"))
+    return [
+        line
+        for name in names
+        for line in (folder / name).read_text(encoding="utf-8").splitlines(keepends=True)
+    ]
+
+
+def test_python_s_documentation_needs_a_seventh_of_smollm2_s_words(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    topics = list(pydoc_data.topics.topics.values())
+    old_model, old = load_model(smollm2), load_tokenizer(smollm2)
+    chat = [{"role": "user", "content": "What does the import statement do?"}]
+    text = old.apply_chat_template(chat, tokenize=False)
+    counts = used_words(old, [*topics, text])
+    keep = words_to_keep(old, counts)
+    assert 4_000 < len(counts) < len(keep) < 10_000
+    # The words that merges pass through are many, and single bytes only 235.
+    assert len(keep) - len(counts) > 1_000
+
+    model, tokenizer = trim_vocabulary(old_model, old, keep)
+    seen = [line for topic in topics for line in topic.splitlines(keepends=True)][::3]
+    assert assert_same_cut(old, tokenizer, keep, topics) == len(topics)
+    held_out = source_lines("argparse.py", "heapq.py", "this.py", "stringprep.py")
+    assert 0.3 < assert_same_cut(old, tokenizer, keep, held_out) / len(held_out) < 1
+    assert_same_cut(old, tokenizer, keep, [*seen, *OTHER])
+
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == text
+    rows = [ids(old, text)], [ids(tokenizer, text)]
+    new_logits = logits(model, rows[1])
+    assert torch.equal(new_logits, logits(old_model, rows[0], keep))
+    torch.testing.assert_close(new_logits, logits(old_model, rows[0])[..., keep], rtol=0, atol=1e-4)
+    save_model(model, tokenizer, tmp_path)
+    assert tokenizer_hash(load_tokenizer(tmp_path)) == tokenizer_hash(tokenizer)
+    saved = [(folder / "model.safetensors").stat().st_size for folder in (smollm2, tmp_path)]
+    per_word = 4 * model.config.hidden_size
+    assert saved[0] - saved[1] == pytest.approx((49_152 - len(keep)) * per_word, abs=1024)
+
+
+def test_minilm_s_tokenizer_is_cut_and_read_again(tmp_path: Path) -> None:
+    import_builtin("minilm", tmp_path / "old")
+    old = load_tokenizer(tmp_path / "old")
+    topics = list(pydoc_data.topics.topics.values())[::8]
+    keep = words_to_keep(old, used_words(old, topics))
+    assert len(keep) < 6_000
+    model: Any = tiny_bert_masked(vocab=len(old))
+    new_model, new = trim_vocabulary(model, old, keep)
+    save_model(new_model, new, tmp_path / "new")
+    again = load_tokenizer(tmp_path / "new")
+    lines = [*topics, *source_lines("heapq.py", "this.py"), *OTHER]
+    assert assert_same_cut(old, again, keep, lines) > len(topics)
+    assert [again(line)["input_ids"] for line in OTHER] == [
+        new(line)["input_ids"] for line in OTHER
+    ]
+    assert tokenizer_hash(again) == tokenizer_hash(new) != tokenizer_hash(old)
