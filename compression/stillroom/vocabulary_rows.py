@@ -79,10 +79,11 @@ def _row_tensors(model: Any, keep: Sequence[int]) -> dict[int, torch.Tensor]:
         if name.endswith("final_logits_bias") and buffer.shape[-1] == size:
             rows[id(buffer)] = buffer[..., torch.tensor(keep, device=buffer.device)]
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if id(tensor) not in rows and tensor.is_floating_point() and tensor.shape[:1] == (size,):
+        if id(tensor) not in rows and tensor.is_floating_point() and size in tensor.shape:
             raise RecipeError(
-                f"expected a row per word in the input embeddings and the output head only, "
-                f"{name} has {size} rows, too; keep this model's whole vocabulary"
+                "expected a row per word in the input embeddings and the output head only, "
+                f"{name} of {tuple(tensor.shape)} has {size}, too; "
+                "keep this model's whole vocabulary"
             )
     return rows
 
