@@ -94,7 +94,7 @@ def estimate(order: Order, recipe: Recipe, teacher: Shape | None) -> Estimate:
     train = data.max_train_tokens or TEXT_TOKENS
     measured = data.max_evaluation_tokens or TEXT_TOKENS // 10
     match order.stage.name:
-        case "import_model":
+        case "import_model" | "trim_vocabulary":
             need = _need(0, 2 * teacher.parameters, 0)
         case "prepare_data":
             need = _need(0, 0, 0)

@@ -23,6 +23,7 @@ from tasks.stages import (
     PREPARE_DATA,
     QUANTIZE_MODEL,
     TRAIN_ADAPTER,
+    TRIM_VOCABULARY,
     TUNE_TEACHER,
     Artifact,
     Order,
@@ -56,6 +57,27 @@ class Orders(Generic[A]):
         """Order the checkpoint of the version that is registered now."""
         champion = Model(source=uri, dtype=self.recipe.teacher.dtype)
         return self._import("import champion", champion)
+
+    def trim_vocabulary(self, minimum_uses: int, teacher: A) -> A:
+        """Order the teacher with only the words that the recipe's texts use."""
+        datas = {"data": self.recipe.data} | {
+            f"adapter {a.name}": a.data for a in self.recipe.adapters
+        }
+        texts = {
+            f"{name} {role}": text
+            for name, data in datas.items()
+            for role, text in (("train", data.train), ("evaluation", data.evaluation))
+            if text is not None
+        }
+        section = {role: as_json(text, *PLACE) for role, text in texts.items()}
+        sources = {role: self.resolve(text) for role, text in texts.items()}
+        return self._order(
+            TRIM_VOCABULARY,
+            "trim vocabulary",
+            section | {"minimum_uses": minimum_uses},
+            {"teacher": teacher},
+            sources=sources,
+        )
 
     def prepare_data(self, title: str, data: Data, teacher: A) -> A:
         """Order rows of tokens for training, evaluation and calibration."""
@@ -113,7 +135,7 @@ class Orders(Generic[A]):
         return self._order(EVALUATE_MODEL, title, section, inputs)
 
     def _import(self, title: str, model: Model) -> A:
-        section = as_json(model, *PLACE, "config", "fine_tune")
+        section = as_json(model, *PLACE, "config", "fine_tune", "vocabulary")
         return self._order(
             IMPORT_MODEL, title, section, {}, sources={"source": self.resolve(model)}
         )

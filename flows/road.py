@@ -45,6 +45,8 @@ ALONE = {"soft_weight": 0.0, "hard_weight": 1.0, "cosine_weight": 0.0}
 def walk(recipe: Recipe, orders: Orders[A]) -> Made[A]:
     """Order every stage of `recipe` and return what came of it."""
     teacher = orders.import_model()
+    if recipe.teacher.vocabulary:
+        teacher = orders.trim_vocabulary(recipe.teacher.vocabulary.minimum_uses, teacher)
     data = orders.prepare_data("prepare data", recipe.data, teacher)
     if recipe.teacher.fine_tune:
         teacher = orders.tune_teacher(recipe.teacher.fine_tune, teacher, data)

@@ -25,6 +25,7 @@ class Stage:
 
 
 IMPORT_MODEL = Stage("import_model", "model", 1)
+TRIM_VOCABULARY = Stage("trim_vocabulary", "model", 1)
 PREPARE_DATA = Stage("prepare_data", "dataset", 1)
 TUNE_TEACHER = Stage("tune_teacher", "model", 2)
 CACHE_TEACHER = Stage("cache_teacher", "teacher-cache", 3)
@@ -35,6 +36,7 @@ EVALUATE_MODEL = Stage("evaluate_model", "evaluation", 2)
 
 STAGES = (
     IMPORT_MODEL,
+    TRIM_VOCABULARY,
     PREPARE_DATA,
     TUNE_TEACHER,
     CACHE_TEACHER,

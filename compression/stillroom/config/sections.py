@@ -11,6 +11,14 @@ from stillroom.config.section import Count, Fraction, Identifier, Section
 from stillroom.config.training import Training
 
 
+class Vocabulary(Section):
+    """Which words of a teacher stay, of which every other text can still be made."""
+
+    minimum_uses: Count = 1
+    """Times that the recipe's texts, training, evaluation and adapters', use a word that stays;
+    single characters, special tokens and what longer words are merged from stay in any case."""
+
+
 class Model(Section):
     """A model that exists: where it is, and how it is loaded."""
 
@@ -27,6 +35,9 @@ class Model(Section):
     """Local file with a snapshot of the model's config.json, for estimates without the hub."""
     fine_tune: Training | None = None
     """Train the teacher on the labels first; present for a teacher that has never seen the task."""
+    vocabulary: Vocabulary | None = None
+    """Cut the teacher's words down to those that the texts use: smaller embeddings and head, for
+    every model that comes of it; absent: all words stay."""
 
 
 class Text(Section):

@@ -1,0 +1,38 @@
+"""Cut the teacher's vocabulary down to the words that the recipe's texts use."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from stillroom.data.documents import Document
+from stillroom.models import load_tokenizer, save_model
+from stillroom.vocabulary import trim_vocabulary, used_words, words_to_keep
+from tasks.work.bench import Bench, Result
+from tasks.work.texts import read_texts
+
+
+def work(bench: Bench) -> Result:
+    """Write the same teacher with fewer words, and a tokenizer that cuts these texts as before."""
+    folder = bench.inputs["teacher"]
+    tokenizer = load_tokenizer(folder)
+    documents = [each for role in bench.order.sources for each in read_texts(bench, role)]
+    counts = used_words(tokenizer, _texts(documents, tokenizer))
+    keep = words_to_keep(tokenizer, counts, minimum=bench.section["minimum_uses"])
+    model, tokenizer = trim_vocabulary(bench.load(folder), tokenizer, keep)
+    save_model(model, tokenizer, bench.output)
+    used, lost = sum(counts.values()), sum(counts[word] for word in counts.keys() - set(keep))
+    metrics = {
+        "words": float(len(keep)),
+        "words_used": float(len(counts)),
+        "share_of_text_in_dropped_words": lost / max(used, 1),
+        "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
+    }
+    return Result(licence=bench.licence("teacher"), metrics=metrics)
+
+
+def _texts(documents: list[Document], tokenizer: Any) -> Iterator[str]:
+    for document in documents:
+        if document.messages and tokenizer.chat_template:
+            # As they will be tokenised: with the template's own words, and the system's.
+            yield tokenizer.apply_chat_template(list(document.messages), tokenize=False)
+        else:
+            yield document.content
