@@ -42,10 +42,9 @@ def construct(
             value = _fitting(full_name, values, buffer) if full_name in saved else buffer
             setattr(module, name, value.to(like.device, copy=True))
     model.tie_weights()
-    if like.generation_config is not None:
-        model.generation_config = type(like.generation_config).from_dict(
-            like.generation_config.to_dict()
-        )
+    generation = getattr(like, "generation_config", None)  # a classifier has none
+    if generation is not None:
+        model.generation_config = type(generation).from_dict(generation.to_dict())
     model.train(like.training)
     return model
 
