@@ -1,5 +1,6 @@
 """Make a student of some of the teacher's layers, and train it on what the teacher said."""
 
+from dataclasses import fields
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -10,6 +11,7 @@ from stillroom.data.prepare import PreparedData, load_prepared
 from stillroom.distillation.cache_files import TeacherCache
 from stillroom.distillation.dense_student import dense_student
 from stillroom.distillation.distill import DistillationOptions, Taught, distill
+from stillroom.distillation.narrow import Width, narrow_student
 from stillroom.distillation.student import choose_layers, initialise_student, load_student
 from stillroom.models import load_tokenizer
 from tasks.work.bench import Bench, Result
@@ -47,7 +49,15 @@ def _taught(bench: Bench, examples: Examples, role: str) -> Taught:
 
 
 def _initial_student(bench: Bench, data: PreparedData) -> PreTrainedModel:
-    """Return the student before it learns; of a dense teacher only its own layers are read."""
+    """Return the student before it learns."""
+    section = bench.section["student"]
+    student = _of_fewer_layers(bench, data)
+    width = Width(**{field.name: section[field.name] for field in fields(Width)})
+    return student if width == Width() else narrow_student(student, width, data.calibration)
+
+
+def _of_fewer_layers(bench: Bench, data: PreparedData) -> PreTrainedModel:
+    """Return the student as wide as its teacher; of a dense one only its own layers are read."""
     section, folder = bench.section["student"], bench.inputs["teacher"]
     if section["experts"]:
         teacher = bench.load(folder)

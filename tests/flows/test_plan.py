@@ -93,6 +93,15 @@ def test_what_makes_no_difference_changes_no_key(place: Path, change: dict[str, 
     assert changed(place, change) == set()
 
 
+def test_fewer_words_come_before_everything_that_has_words(place: Path) -> None:
+    before, after = keys(planned(place)), keys(planned(place, {"teacher": {"vocabulary": {}}}))
+    titles = list(after)
+    assert after.keys() - before.keys() == {"trim vocabulary"}
+    assert titles.index("trim vocabulary") == titles.index("import teacher") + 1
+    same = {title for title in before if before[title] == after[title]}
+    assert same == {"import teacher"}
+
+
 def test_early_stopping_has_the_teacher_asked_about_held_out_rows_too(place: Path) -> None:
     patient = {"distillation": {"training": {"early_stopping_patience": 2}}}
     before, after = keys(planned(place)), keys(planned(place, patient))

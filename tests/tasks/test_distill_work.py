@@ -44,6 +44,14 @@ def test_a_student_has_some_layers_of_its_teacher(distil: Any) -> None:
     assert student.config.num_hidden_layers == 2
 
 
+def test_a_student_is_as_narrow_as_the_recipe_says(distil: Any) -> None:
+    widths = {"hidden_size": 24, "intermediate_size": 40, "attention_heads": 2}
+    config = distil(tiny_llama(layers=3), layers=2, **widths).config
+    assert config.num_hidden_layers == 2
+    assert (config.hidden_size, config.intermediate_size) == (24, 40)
+    assert config.num_attention_heads == 2
+
+
 @pytest.mark.parametrize("experts", ["mean", "most_used"])
 def test_a_mixture_becomes_dense_where_the_recipe_says_so(distil: Any, experts: str) -> None:
     student = distil(tiny_mixtral(), layers=1, experts=experts)

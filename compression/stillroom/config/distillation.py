@@ -28,6 +28,14 @@ class Student(Section):
     """How many of the teacher's layers, or exactly which, counted from 0."""
     rule: Literal["every_other", "first_last", "even"] = "even"
     """Which layers are taken where only their number is given."""
+    hidden_size: Count | None = None
+    """Channels between the layers; of the teacher's those that its norms let through most, on the
+    calibration rows, are kept; absent: all."""
+    intermediate_size: Count | None = None
+    """Neurons of each feed-forward layer, the most active ones; absent: all."""
+    attention_heads: Count | None = None
+    """Query heads of each layer, those with the largest outputs; the heads of a key-value head stay
+    together; absent: all."""
     experts: Literal["mean", "most_used"] | None = None
     """Make a mixture of experts (Switch, Mixtral, Qwen3-MoE) a dense student: each feed-forward
     layer starts as the mean of its experts, or as the one most used on the calibration rows;
@@ -99,5 +107,10 @@ class Distillation(Section):
             raise ValueError(
                 f"cosine_weight: {self.cosine_weight} needs the teacher's hidden states; set "
                 "cache.hidden_states to last"
+            )
+        if self.cosine_weight > 0 and self.student.hidden_size is not None:
+            raise ValueError(
+                f"cosine_weight: {self.cosine_weight} needs a student as wide as its teacher, and "
+                f"student.hidden_size is {self.student.hidden_size}; leave one of them out"
             )
         return self

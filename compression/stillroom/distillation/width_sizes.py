@@ -11,7 +11,7 @@ from stillroom.errors import RecipeError
 INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "d_ff", "ffn_hidden_size")
 # Further names of hidden_size, of OPT and DeBERTa.
 AS_HIDDEN = ("word_embed_proj_dim", "pooler_hidden_size")
-FIELD = "distillation.student.width"
+FIELD = "distillation.student"
 
 
 @dataclass(frozen=True)

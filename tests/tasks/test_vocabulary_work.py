@@ -1,0 +1,84 @@
+"""The stage that cuts a teacher's vocabulary: which texts count, and what comes of it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stillroom.models import load_model, load_tokenizer, save_model, tokenizer_hash
+from tasks.sources import resolve_text
+from tasks.stages import TRIM_VOCABULARY
+from tasks.work import trim_vocabulary
+from tests.stillroom.tiny import tiny_llama
+from tests.stillroom.trained_tokenizers import trained
+from tests.tasks.benches import new_bench
+
+TEXT = {
+    "format": "auto",
+    "config": None,
+    "split": "train",
+    "text_column": "text",
+    "label_column": None,
+    "messages_column": None,
+}
+TRAIN = ["the quick brown fox and the lazy dog", "the dog jumps over the fox"]
+EVALUATION = ["a vocabulary holds words, a tokenizer cuts a text"]
+
+
+@pytest.fixture
+def trim(tmp_path: Path) -> Any:
+    tokenizer = trained("bpe")
+    save_model(tiny_llama(vocab=len(tokenizer)), tokenizer, tmp_path / "teacher")
+    for name, texts in (("train", TRAIN), ("evaluation", EVALUATION)):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+
+    def work(*roles: str, minimum_uses: int = 1) -> Any:
+        section = {"minimum_uses": minimum_uses} | {f"base-{role}": TEXT for role in roles}
+        place = tmp_path / f"{len(roles)}-{minimum_uses}"
+        place.mkdir()
+        bench = new_bench(TRIM_VOCABULARY, section, place, {"teacher": tmp_path / "teacher"})
+        sources = {
+            f"base-{role}": resolve_text(str(tmp_path / f"{role}.jsonl"), None) for role in roles
+        }
+        bench = replace(bench, order=bench.order.model_copy(update={"sources": sources}))
+        return trim_vocabulary.work(bench).metrics, bench.output
+
+    work.teacher = tmp_path / "teacher"  # type: ignore[attr-defined]
+    return work
+
+
+def test_the_words_of_all_texts_stay_and_the_model_says_the_same(trim: Any) -> None:
+    metrics, folder = trim("train", "evaluation")
+    before, after = load_tokenizer(trim.teacher), load_tokenizer(folder)
+    old, new = load_model(trim.teacher), load_model(folder)
+    assert len(after) == metrics["words"] == new.config.vocab_size < len(before)
+    assert metrics["parameters"] == sum(each.numel() for each in new.parameters())
+    assert metrics["share_of_text_in_dropped_words"] == 0
+    assert tokenizer_hash(after) != tokenizer_hash(before)
+    for text in [*TRAIN, *EVALUATION]:
+        assert after.tokenize(text) == before.tokenize(text)
+        there = torch.tensor([before(text)["input_ids"]])
+        here = torch.tensor([after(text)["input_ids"]])
+        kept = before.convert_tokens_to_ids(after.convert_ids_to_tokens(range(len(after))))
+        with torch.no_grad():
+            expected = old(there).logits[..., kept]
+            torch.testing.assert_close(new(here).logits, expected)
+
+
+def test_texts_that_are_not_the_recipes_do_not_count(trim: Any) -> None:
+    both, _ = trim("train", "evaluation")
+    one, folder = trim("train")
+    assert one["words"] < both["words"]
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer(EVALUATION[0], add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == EVALUATION[0]
+
+
+def test_rare_words_go_and_their_share_is_told(trim: Any) -> None:
+    metrics, _ = trim("train", "evaluation", minimum_uses=2)
+    assert 0 < metrics["share_of_text_in_dropped_words"] < 1
+    assert metrics["words_used"] > 2
