@@ -1,15 +1,10 @@
 """How long a stage will take and how much memory it will need, from the model's shape alone."""
 
-import json
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-from stillroom.builtin import builtin_model
+from flows.shape import Shape
 from stillroom.config import Adapter, Data, Recipe
-from stillroom.errors import SourceError
 from stillroom.hardware import threads_here
-from tasks.sources import place_of
 from tasks.stages import Order
 
 # From the seconds in the manifests of `make demo` on two x86-64 cores, 2026-11-24: 70e9 in the
@@ -28,27 +23,6 @@ LOGITS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The size of a model: parameters in its blocks, and in embeddings and head."""
-
-    layers: int
-    block_parameters: float
-    embedding_parameters: float
-    vocabulary: int
-    hidden: int
-    inner: int  # width of the feed-forward layers
-
-    @property
-    def parameters(self) -> float:
-        """All parameters."""
-        return self.layers * self.block_parameters + self.embedding_parameters
-
-    def with_layers(self, layers: int) -> "Shape":
-        """Return the shape of a student with so many of the blocks."""
-        return replace(self, layers=layers)
-
-
-@dataclass(frozen=True)
 class Estimate:
     """Seconds on this machine's processors, and the most bytes of memory at a time."""
 
@@ -56,39 +30,11 @@ class Estimate:
     memory_bytes: float
 
 
-def model_shape(source: str | Path) -> Shape:
-    """Return the shape that a model's config.json states.
-
-    Raises:
-        SourceError: there is no config at hand.
-    """
-    config = _config(source)
-    hidden = _first(config, "hidden_size", "n_embd", "d_model", "dim")
-    layers = _first(config, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
-    inner = config.get("intermediate_size") or config.get("n_inner") or 4 * hidden
-    heads = config.get("num_attention_heads") or config.get("n_head") or 1
-    head_width = config.get("head_dim") or hidden // heads
-    key_heads = config.get("num_key_value_heads") or heads
-    attention = hidden * head_width * (2 * heads + 2 * key_heads)
-    # A gated feed-forward layer has three matrices, the older kind two.
-    matrices = 3 if key_heads != heads or config.get("hidden_act") == "silu" else 2
-    vocabulary = config["vocab_size"]
-    copies = 1 if config.get("tie_word_embeddings", True) else 2
-    return Shape(
-        layers=layers,
-        block_parameters=attention + matrices * hidden * inner,
-        embedding_parameters=copies * vocabulary * hidden,
-        vocabulary=vocabulary,
-        hidden=hidden,
-        inner=inner,
-    )
-
-
 def estimate(order: Order, recipe: Recipe, teacher: Shape | None) -> Estimate:
     """Return what one stage will need; zeros where the teacher's shape is not known."""
     if teacher is None:
         return Estimate(0.0, 0.0)
-    student = teacher.with_layers(_student_layers(recipe, teacher))
+    student = teacher.of_student(recipe.distillation.student) if recipe.distillation else teacher
     data = _data_of(order, recipe)
     rows = data.sequence_length * recipe.evaluation.batch_rows
     train = data.max_train_tokens or TEXT_TOKENS
@@ -101,7 +47,7 @@ def estimate(order: Order, recipe: Recipe, teacher: Shape | None) -> Estimate:
         case "cache_teacher":
             asked = measured if order.section.get("rows") == "evaluation" else train
             need = _need(
-                PASSES["forward"] * asked * teacher.parameters,
+                PASSES["forward"] * asked * teacher.active_parameters,
                 recipe.execution.cache_workers * teacher.parameters,
                 recipe.execution.cache_workers * rows * teacher.vocabulary,
             )
@@ -109,7 +55,7 @@ def estimate(order: Order, recipe: Recipe, teacher: Shape | None) -> Estimate:
             model = teacher if order.stage.name == "tune_teacher" else student
             tokens = train * float(order.section["training"]["epochs"])
             need = _need(
-                PASSES["train"] * tokens * model.parameters,
+                PASSES["train"] * tokens * model.active_parameters,
                 4 * model.parameters,
                 3 * rows * model.vocabulary,
             )
@@ -118,13 +64,14 @@ def estimate(order: Order, recipe: Recipe, teacher: Shape | None) -> Estimate:
         case "train_adapter":
             tokens = train * float(order.section["training"]["epochs"])
             need = _need(
-                PASSES["train_adapter"] * tokens * student.parameters,
+                PASSES["train_adapter"] * tokens * student.active_parameters,
                 student.parameters,
                 3 * rows * student.vocabulary,
             )
         case _:
             both = teacher.parameters + student.parameters
-            need = _need(PASSES["forward"] * measured * both, both, 2 * rows * teacher.vocabulary)
+            active = teacher.active_parameters + student.active_parameters
+            need = _need(PASSES["forward"] * measured * active, both, 2 * rows * teacher.vocabulary)
     return need
 
 
@@ -154,40 +101,9 @@ def _quantizing(order: Order, model: Shape, data: Data) -> Estimate:
     return _need(flops, parameters, activations + 3 * min(batch * model.vocabulary, LOGITS_AT_ONCE))
 
 
-def _student_layers(recipe: Recipe, teacher: Shape) -> int:
-    if recipe.distillation is None:
-        return teacher.layers
-    layers = recipe.distillation.student.layers
-    return layers if isinstance(layers, int) else len(layers)
-
-
 def _data_of(order: Order, recipe: Recipe) -> Data:
     adapter: Adapter
     for adapter in recipe.adapters:
         if order.title.endswith(adapter.name):
             return adapter.data
     return recipe.data
-
-
-def _config(source: str | Path) -> dict[str, Any]:
-    if isinstance(source, str) and source.startswith("builtin:"):
-        return builtin_model(source.removeprefix("builtin:")).config
-    if isinstance(source, str) and place_of(source) != "local":
-        raise SourceError(
-            f"the config of {source} is not at hand; give a snapshot of its "
-            "config.json as teacher.config"
-        )
-    path = Path(source).expanduser()
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        config: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{file}: no readable config.json ({error})") from error
-    return config
-
-
-def _first(config: dict[str, Any], *names: str) -> int:
-    for name in names:
-        if name in config:
-            return int(config[name])
-    raise SourceError(f"config.json has none of {', '.join(names)}")

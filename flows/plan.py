@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from flows.estimate import Estimate, Shape, estimate, model_shape
+from flows.estimate import Estimate, estimate
 from flows.orders import Orders, Resolve
 from flows.road import walk
+from flows.shape import Shape, model_shape
 from stillroom.config import Model, Recipe, Text
 from stillroom.errors import SourceError, StillroomError
 from tasks.sources import Source, place_of, resolve_model, resolve_text

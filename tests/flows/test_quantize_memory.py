@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.estimate import estimate, model_shape
+from flows.estimate import estimate
+from flows.shape import model_shape
 from stillroom.config import validate
 from stillroom.models import save_model
 from tasks.stages import QUANTIZE_MODEL, Order, as_json
