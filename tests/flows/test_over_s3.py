@@ -41,7 +41,11 @@ def test_road_over_s3(
         client = s3_client()
     client.create_bucket(Bucket=bucket)
     opened.variables |= login | {"STILLROOM_STORE": f"s3://{bucket}/some/prefix"}
-    opened.write(small_recipe(recipe, parts) | {"adapters": []})
+    small = small_recipe(recipe, parts) | {"adapters": []}
+    # Pieces of the cache are claimed in the bucket, and checkpoints read by both who train.
+    small["execution"] |= {"cache_workers": 2, "training_processes": 2}
+    small["distillation"]["training"] |= {"batch_rows": 1, "gradient_accumulation": 2}
+    opened.write(small)
 
     assert_done(opened.compress())
     keys = [
