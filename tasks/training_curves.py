@@ -4,12 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from stillroom.evaluation.report_data import Curve
-from stillroom.training.history import TrainingHistory
+from stillroom.training.history import HELD_OUT_KL, HELD_OUT_LOSS, TrainingHistory
 from tasks.store.record import Record
 from tasks.store.store import ArtifactStore
 
 HISTORY = "history.json"
-HELD_OUT_LOSS = "held_out_cross_entropy_nats"
+HELD_OUT = {HELD_OUT_LOSS: "held-out loss", HELD_OUT_KL: "held-out KL to the teacher"}
 
 
 def write_history(history: TrainingHistory, folder: Path) -> None:
@@ -24,8 +24,8 @@ def read_curves(store: ArtifactStore, record: Record) -> tuple[Curve, ...]:
         return ()
     history = TrainingHistory.from_json(text.decode())
     curves = [Curve("training", "loss", "nats", tuple(history.steps), tuple(history.loss))]
-    held_out = history.evaluations.get(HELD_OUT_LOSS, [])
-    curves.append(
-        Curve("training", "held-out loss", "nats", tuple(history.evaluation_steps), tuple(held_out))
-    )
+    steps = tuple(history.evaluation_steps)
+    for figure, name in HELD_OUT.items():
+        values = tuple(history.evaluations.get(figure, ()))
+        curves.append(Curve("training", name, "nats", steps if values else (), values))
     return tuple(curve for curve in curves if curve.steps)

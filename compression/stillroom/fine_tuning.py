@@ -11,8 +11,8 @@ from stillroom.data.examples import Examples
 from stillroom.distillation.losses import IGNORED, hard_cross_entropy, next_labels
 from stillroom.progress import Progress, silent
 from stillroom.training.batches import Batch
-from stillroom.training.history import TrainingHistory
-from stillroom.training.loop import HELD_OUT_LOSS, HeldOut, train
+from stillroom.training.history import HELD_OUT_LOSS, TrainingHistory
+from stillroom.training.loop import HeldOut, train
 from stillroom.training.options import TrainingOptions
 
 Figures = Callable[[Batch, Tensor], dict[str, float]]

@@ -19,11 +19,9 @@ from stillroom.errors import MismatchError, RecipeError
 from stillroom.fine_tuning import aligned_labels, fine_tune, held_out, measure, model_output
 from stillroom.progress import Progress, silent
 from stillroom.training.batches import Batch
-from stillroom.training.history import TrainingHistory
+from stillroom.training.history import HELD_OUT_KL, TrainingHistory
 from stillroom.training.loop import HeldOut, train
 from stillroom.training.options import TrainingOptions
-
-HELD_OUT_KL = "held_out_kl_nats"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+HELD_OUT_LOSS = "held_out_cross_entropy_nats"
+HELD_OUT_KL = "held_out_kl_nats"
+
 
 @dataclass
 class TrainingHistory:

@@ -17,7 +17,7 @@ from stillroom.data.examples import Examples
 from stillroom.errors import DataError, NotFiniteError, RecipeError
 from stillroom.progress import Progress, silent
 from stillroom.training.batches import Batch, RowOrder
-from stillroom.training.history import TrainingHistory
+from stillroom.training.history import HELD_OUT_LOSS, TrainingHistory
 from stillroom.training.modes import mode, recomputing
 from stillroom.training.options import (
     TrainingOptions,
@@ -28,8 +28,6 @@ from stillroom.training.options import (
 from stillroom.training.parameters import adamw, trainable_parameters
 from stillroom.training.state import TrainingState
 from stillroom.training.team import Team, gathered, joined
-
-HELD_OUT_LOSS = "held_out_cross_entropy_nats"
 
 
 class LossFunction(Protocol):
