@@ -234,12 +234,12 @@ def test_important_parts_keep_more_than_random_ones(trained_llama, width, monkey
 @pytest.mark.parametrize(
     ("width", "why"),
     [
-        (Width(hidden_size=0), "width.hidden_size: expected 1 to 32, .* got 0"),
-        (Width(hidden_size=40), "width.hidden_size: expected 1 to 32, .* got 40"),
-        (Width(intermediate_size=65), "width.intermediate_size: expected 1 to 64"),
-        (Width(intermediate_size=-1), "width.intermediate_size: expected 1 to 64"),
-        (Width(attention_heads=8), "width.attention_heads: expected 1 to 4"),
-        (Width(attention_heads=3), "width.attention_heads: expected a multiple of 2"),
+        (Width(hidden_size=0), "student.hidden_size: expected 1 to 32, .* got 0"),
+        (Width(hidden_size=40), "student.hidden_size: expected 1 to 32, .* got 40"),
+        (Width(intermediate_size=65), "student.intermediate_size: expected 1 to 64"),
+        (Width(intermediate_size=-1), "student.intermediate_size: expected 1 to 64"),
+        (Width(attention_heads=8), "student.attention_heads: expected 1 to 4"),
+        (Width(attention_heads=3), "student.attention_heads: expected a multiple of 2"),
         (Width(hidden_size=30), "LlamaConfig allows no model with 30 channels"),
     ],
 )
