@@ -46,28 +46,21 @@ def estimate(order: Order, recipe: Recipe, teacher: Shape | None) -> Estimate:
             need = _need(0, 0, 0)
         case "cache_teacher":
             asked = measured if order.section.get("rows") == "evaluation" else train
-            need = _need(
-                PASSES["forward"] * asked * teacher.active_parameters,
-                recipe.execution.cache_workers * teacher.parameters,
-                recipe.execution.cache_workers * rows * teacher.vocabulary,
-            )
+            flops = PASSES["forward"] * asked * teacher.active_parameters
+            logits = rows * teacher.vocabulary
+            workers = recipe.execution.cache_workers
+            need = _need(flops, teacher.parameters, logits, processes=workers)
         case "tune_teacher" | "distill_student":
             model = teacher if order.stage.name == "tune_teacher" else student
             tokens = train * float(order.section["training"]["epochs"])
-            need = _need(
-                PASSES["train"] * tokens * model.active_parameters,
-                4 * model.parameters,
-                3 * rows * model.vocabulary,
-            )
+            flops = PASSES["train"] * tokens * model.active_parameters
+            need = _training(order, flops, 4 * model.parameters, 3 * rows * model.vocabulary)
         case "quantize_model":
             need = _quantizing(order, student, data)
         case "train_adapter":
             tokens = train * float(order.section["training"]["epochs"])
-            need = _need(
-                PASSES["train_adapter"] * tokens * student.active_parameters,
-                student.parameters,
-                3 * rows * student.vocabulary,
-            )
+            flops = PASSES["train_adapter"] * tokens * student.active_parameters
+            need = _training(order, flops, student.parameters, 3 * rows * student.vocabulary)
         case _:
             both = teacher.parameters + student.parameters
             active = teacher.active_parameters + student.active_parameters
@@ -75,9 +68,17 @@ def estimate(order: Order, recipe: Recipe, teacher: Shape | None) -> Estimate:
     return need
 
 
-def _need(flops: float, parameters: float, activations: float) -> Estimate:
+def _need(flops: float, parameters: float, activations: float, *, processes: int = 1) -> Estimate:
+    """Return the need of a stage whose processes, together as fast as one, each hold so much."""
     seconds = START_SECONDS + flops / (FLOPS_A_THREAD * threads_here())
-    return Estimate(seconds, PROCESS_BYTES + 4 * (parameters + activations))
+    each = PROCESS_BYTES + 4 * (parameters + activations)
+    return Estimate(seconds, processes * each)
+
+
+def _training(order: Order, flops: float, parameters: float, activations: float) -> Estimate:
+    """Return the need of a training; sharing parameters out saves nothing at its two ends."""
+    processes: int = order.unkeyed.get("processes", 1)
+    return _need(flops, parameters, activations, processes=processes)
 
 
 def _quantizing(order: Order, model: Shape, data: Data) -> Estimate:

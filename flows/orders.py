@@ -60,12 +60,11 @@ class Orders(Generic[A]):
 
     def trim_vocabulary(self, minimum_uses: int, teacher: A) -> A:
         """Order the teacher with only the words that the recipe's texts use."""
-        datas = {"data": self.recipe.data} | {
-            f"adapter {a.name}": a.data for a in self.recipe.adapters
-        }
+        all_data = {"base": self.recipe.data}
+        all_data |= {f"adapter-{each.name}": each.data for each in self.recipe.adapters}
         texts = {
-            f"{name} {role}": text
-            for name, data in datas.items()
+            f"{name}-{role}": text
+            for name, data in all_data.items()
             for role, text in (("train", data.train), ("evaluation", data.evaluation))
             if text is not None
         }

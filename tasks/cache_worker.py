@@ -18,7 +18,7 @@ from stillroom.data.prepare import load_prepared
 from stillroom.distillation.teacher_cache import CacheOptions, CapturePlan, capture_pieces
 from stillroom.models import load_tokenizer, tokenizer_hash
 from stillroom.progress import silent
-from tasks.processes import FAILED, die_with_parent, leave_error, line_to_parent
+from tasks.processes import answer, die_with_parent, line_to_parent
 from tasks.stages import Order
 from tasks.store.claims import StoreClaims
 from tasks.work.bench import Bench
@@ -71,13 +71,7 @@ def main(folder: Path, parent: int) -> int:
         line.write(json.dumps(piece) + "\n")
         line.flush()
 
-    try:
-        work(request, folder, made)
-    except Exception as error:
-        if not leave_error(error, request.order.title, folder):
-            raise
-        return FAILED
-    return 0
+    return answer(lambda: work(request, folder, made), request.order.title, folder)
 
 
 def work(request: WorkerRequest, folder: Path, made: Callable[[str], None]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from stillroom.progress import Progress
-from tasks.processes import FAILED, die_with_parent, leave_error, line_to_parent
+from tasks.processes import answer, die_with_parent, line_to_parent
 from tasks.stages import Order
 from tasks.store.record import Record
 from tasks.training_pool import training_team
@@ -40,14 +40,12 @@ def main(folder: Path, parent: int | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     request = Request.model_validate_json((folder / "request.json").read_text())
     progress = _Reporter()
-    try:
+
+    def store_record() -> None:
         record = work(request, folder, progress)
-    except Exception as error:
-        if not leave_error(error, request.order.title, folder):
-            raise
-        return FAILED
-    (folder / "record.json").write_text(record.model_dump_json())
-    return 0
+        (folder / "record.json").write_text(record.model_dump_json())
+
+    return answer(store_record, request.order.title, folder)
 
 
 def work(request: Request, folder: Path, progress: Progress) -> Record:

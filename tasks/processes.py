@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -68,6 +69,17 @@ def leave_error(error: Exception, title: str, folder: Path) -> bool:
     answer = {"type": type(explained).__name__, "message": str(explained)}
     (folder / "error.json").write_text(json.dumps(answer))
     return True
+
+
+def answer(work: Callable[[], None], title: str, folder: Path) -> int:
+    """Do the work of a child; return 0, or 3 where error.json says what went wrong."""
+    try:
+        work()
+    except Exception as error:
+        if not leave_error(error, title, folder):
+            raise
+        return FAILED
+    return 0
 
 
 def error_from(file: Path) -> StillroomError:

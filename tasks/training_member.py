@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from stillroom.progress import silent
-from tasks.processes import FAILED, die_with_parent, leave_error
+from tasks.processes import answer, die_with_parent
 from tasks.stages import Order
 from tasks.store.record import Record
 from tasks.work.bench import Bench
@@ -37,13 +37,7 @@ def main(folder: Path, parent: int) -> int:
     die_with_parent(parent)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     request = MemberRequest.model_validate_json((folder / "request.json").read_text())
-    try:
-        work(request, folder)
-    except Exception as error:
-        if not leave_error(error, request.order.title, folder):
-            raise
-        return FAILED
-    return 0
+    return answer(lambda: work(request, folder), request.order.title, folder)
 
 
 def work(request: MemberRequest, folder: Path) -> None:

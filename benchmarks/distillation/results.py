@@ -12,6 +12,56 @@ RESULTS = HERE / "results.json"
 PAGE = HERE / "RESULTS.md"
 PLOT = HERE / "distillation.png"
 
+# Of each measurement its heading, with its facts, and the columns of its table.
+TABLES: dict[str, tuple[str, dict[str, str]]] = {
+    "targets": (
+        "## Words kept and words drawn, at 32 bytes a token",
+        {"head": "kept", "draws": "drawn", "squared_error": "squared error of the targets"},
+    ),
+    "caches": (
+        "## What is kept of the teacher: students of {layers} layers",
+        {
+            "targets": "targets",
+            "kl_nats": "KL to the teacher on other text, nats",
+            "over_dense": "over that of dense logits",
+            "standard_error": "± ",
+            "bytes_per_token": "bytes a token",
+        },
+    ),
+    "depths": (
+        "## Depth",
+        {
+            "layers": "layers",
+            "parameters": "parameters",
+            "untrained_kl_nats": "KL before training, nats",
+            "kl_nats": "KL after it",
+            "perplexity": "perplexity",
+        },
+    ),
+    "sst2": (
+        "## DistilBERT's claim: MiniLM and 3 of its 6 layers on SST-2, seeds: {seeds}\n\n"
+        "{train_examples} phrases to learn from, {examples} of other sentences to measure on; the "
+        "3 layers are {speed:.2f} times as fast. ± is over sentences and seeds.",
+        {
+            "model": "model",
+            "parameters": "parameters",
+            "accuracy": "right, %",
+            "lost": "lost against the teacher, points",
+            "standard_error": "± ",
+            "glue": "right of GLUE's 872, %",
+        },
+    ),
+    "mixture": (
+        "## Switch in small: a mixture of 8 experts and dense students, {steps} steps, "
+        "seeds: {seeds}",
+        {
+            "model": "model",
+            "nats_per_byte": "cross-entropy on other text, nats a byte",
+            "share_of_gain": "share of the mixture's gain",
+        },
+    ),
+}
+
 
 def gather(names: list[str]) -> list[Claim]:
     """Write results.json and its page from the measurements that are done; return the claims."""
@@ -50,77 +100,10 @@ def summarise(results: dict[str, Any]) -> str:
         circumstances_line(results),
         f"![The measurements as a picture]({PLOT.name})",
     ]
-    measures = results["measures"]
-    if "targets" in measures:
-        parts += [
-            "## Words kept and words drawn, at 32 bytes a token",
-            _table(
-                measures["targets"]["rows"],
-                {"head": "kept", "draws": "drawn", "squared_error": "squared error of the targets"},
-            ),
-        ]
-    if "caches" in measures:
-        layers = measures["caches"]["layers"]
-        parts += [
-            f"## What is kept of the teacher: students of {layers} layers",
-            _table(
-                measures["caches"]["rows"],
-                {
-                    "targets": "targets",
-                    "kl_nats": "KL to the teacher on other text, nats",
-                    "over_dense": "over that of dense logits",
-                    "standard_error": "± ",
-                    "bytes_per_token": "bytes a token",
-                },
-            ),
-        ]
-    if "depths" in measures:
-        parts += [
-            "## Depth",
-            _table(
-                measures["depths"]["rows"],
-                {
-                    "layers": "layers",
-                    "parameters": "parameters",
-                    "untrained_kl_nats": "KL before training, nats",
-                    "kl_nats": "KL after it",
-                    "perplexity": "perplexity",
-                },
-            ),
-        ]
-    if "sst2" in measures:
-        facts = measures["sst2"]
-        parts += [
-            f"## DistilBERT's claim: MiniLM and 3 of its 6 layers on SST-2, {facts['seeds']} seeds",
-            f"{facts['train_examples']} phrases to learn from, {facts['examples']} of other "
-            f"sentences to measure on; the 3 layers are {facts['speed']:.2f} times as fast. "
-            "± is over sentences and seeds.",
-            _table(
-                facts["rows"],
-                {
-                    "model": "model",
-                    "parameters": "parameters",
-                    "accuracy": "right, %",
-                    "lost": "lost against the teacher, points",
-                    "standard_error": "± ",
-                    "glue": "right of GLUE's 872, %",
-                },
-            ),
-        ]
-    if "mixture" in measures:
-        steps, seeds = measures["mixture"]["steps"], measures["mixture"]["seeds"]
-        parts += [
-            f"## Switch in small: a mixture of 8 experts and dense students, {steps} steps, "
-            f"{seeds} seed" + "s" * (seeds > 1),
-            _table(
-                measures["mixture"]["rows"],
-                {
-                    "model": "model",
-                    "nats_per_byte": "cross-entropy on other text, nats a byte",
-                    "share_of_gain": "share of the mixture's gain",
-                },
-            ),
-        ]
+    for name, (heading, columns) in TABLES.items():
+        if name in results["measures"]:
+            found = results["measures"][name]
+            parts += [heading.format_map(found), _table(found["rows"], columns)]
     parts += ["## Claims", claims_table(results["claims"])]
     return "\n\n".join(parts) + "\n"
 

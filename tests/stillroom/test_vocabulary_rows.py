@@ -6,8 +6,6 @@ import torch
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaForCausalLM,
     RobertaConfig,
     RobertaForMaskedLM,
@@ -19,26 +17,13 @@ from stillroom.errors import RecipeError
 from stillroom.models import load_model, load_tokenizer, save_model, tokenizer_hash
 from stillroom.vocabulary import trim_vocabulary, used_words, words_to_keep
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_bert_masked, tiny_llama
+from tests.stillroom.tiny_decoders import tiny_gpt2
 from tests.stillroom.trained_tokenizers import (
     CORPUS,
     ids,
     logits,
     trained,
 )
-
-
-def tiny_gpt2(vocab: int) -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=vocab,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=64,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return GPT2LMHeadModel(config).eval()
 
 
 def untied_llama(vocab: int) -> LlamaForCausalLM:

@@ -4,10 +4,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 
-def tiny_gpt2() -> GPT2LMHeadModel:
+def tiny_gpt2(vocab: int = 64) -> GPT2LMHeadModel:
     """Return a GPT-2, whose linears are Conv1D, with 4 layers."""
     config = GPT2Config(
-        vocab_size=64,
+        vocab_size=vocab,
         n_embd=32,
         n_layer=4,
         n_head=4,

@@ -177,7 +177,7 @@ def test_the_error_of_a_worker_is_the_stages(tmp_path: Path) -> None:
 def test_a_worker_that_dies_without_a_word_fails_the_stage(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.cache_pool.child_environment", lambda _: {"PYTHONHOME": "/none"})
+    monkeypatch.setattr("tasks.helpers.child_environment", lambda _: {"PYTHONHOME": "/none"})
     with pytest.raises(StageError, match="a worker of the teacher cache ended with code 1"):
         stage.run("dumb", 2, rows_per_shard=1)
 

@@ -59,7 +59,8 @@ class Team:
         if self.size == 1 or not figures:
             return figures
         device = next(self.module.parameters()).device
-        values = torch.tensor([figures[name] for name in sorted(figures)], device=device)
+        ordered = [figures[name] for name in sorted(figures)]
+        values = torch.tensor(ordered, device=device, dtype=torch.float64)
         exchange(values)
         return dict(zip(sorted(figures), values.tolist(), strict=True))
 
@@ -72,15 +73,19 @@ def joined(model: nn.Module, parallel: Parallel) -> Iterator[Team]:
     gradients and the optimizer's moments, and the model itself is empty until the training ends,
     when every process gets all of it back. Each process gives the same model.
     """
-    size = _size()
+    device = next(model.parameters()).device
+    size = _size(device)
     if size == 1:
         yield Team(0, 1, model, model)
     elif parallel == "ddp":
-        # Some models have parameters that no task of ours uses, such as BERT's pooler.
-        forward = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        # Some models have parameters that no task of ours uses, such as BERT's pooler. Buffers are
+        # constants, and the integers of a quantized base.
+        forward = nn.parallel.DistributedDataParallel(
+            model, find_unused_parameters=True, broadcast_buffers=False
+        )
         yield Team(distributed.get_rank(), size, forward, model)
     else:
-        with _shared_out(model) as shares:
+        with _shared_out(model, device, size) as shares:
             yield Team(distributed.get_rank(), size, shares, shares)
 
 
@@ -102,14 +107,16 @@ def like_shares(value: Tensor, shares: Tensor) -> Tensor:
     return moved
 
 
-def _size() -> int:
-    """Return how many processes there are, once this one has met them."""
+def _size(device: torch.device) -> int:
+    """Return how many processes there are, once this one, which computes on `device`, met them."""
     if not distributed.is_available():
         return 1
     if not distributed.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return 1
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(_leave)
     return distributed.get_world_size()
 
@@ -121,16 +128,16 @@ def _leave() -> None:
 
 
 @contextmanager
-def _shared_out(model: nn.Module) -> Iterator[nn.Module]:
+def _shared_out(model: nn.Module, device: torch.device, size: int) -> Iterator[nn.Module]:
     """Yield a twin whose parameters are shared out; the model's own are empty meanwhile."""
     from torch.distributed.fsdp import fully_shard
 
     from stillroom.blocks import find_stacks
 
-    # The twin takes the parameters themselves: the model is in memory once.
-    twin = copy.deepcopy(model, {id(value): value for value in model.parameters()})
-    device = next(model.parameters()).device
-    mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (_size(),))
+    # The twin takes the tensors themselves: the model is in memory once.
+    tensors = (*model.parameters(), *model.buffers())
+    twin = copy.deepcopy(model, {id(value): value for value in tensors})
+    mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (size,))
     for stack in find_stacks(twin).values():
         for block in stack:
             fully_shard(block, mesh=mesh)
@@ -143,6 +150,3 @@ def _shared_out(model: nn.Module) -> Iterator[nn.Module]:
         shares = dict(twin.named_parameters())
         for name, value in model.named_parameters():
             value.data = gathered(shares[name])
-        buffers = dict(twin.named_buffers())
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])

@@ -84,7 +84,7 @@ def main(folder: Path, kind: str, parallel: Any, further: str = "") -> None:
     except NotFiniteError as error:
         left = {"error": str(error)}
     except Stopped:
-        pass
+        left = {"stopped": further}
     rank = os.environ["RANK"]
     (folder / f"{rank}.json").write_text(json.dumps(left))
     tensors = {name: value.detach().clone() for name, value in student.named_parameters()}
