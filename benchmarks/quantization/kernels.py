@@ -2,8 +2,6 @@
 
 Both are called in turn and the medians compared. "hot": one layer again and again, from the
 caches. "cold": as many layers in turn as a model has, each from memory, as in decode.
-
-With `--device cuda`: one token against fp16, on a layer that no cache holds.
 """
 
 import argparse
@@ -14,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +20,13 @@ from torch import Tensor, nn
 from stillroom.quantization.kernels.report import output_difference
 from stillroom.quantization.linear import QuantizedLinear
 from stillroom.quantization.options import QuantizationOptions
-from stillroom.quantization.packing import PackedWeight, pack
+from stillroom.quantization.packing import pack
 from stillroom.quantization.rounding import round_to_nearest
 
 SHAPES = ((576, 192), (576, 576), (576, 1536), (1536, 576), (4096, 4096), (4096, 11008))
 """(inputs, outputs): the linears of SmolLM2-135M, and of a model of 7 billion weights."""
 GROUP_SIZE = 64
 COLD_BYTES = 2**28  # of fp32 weights: more than a cache holds, of the packed ones too
-GPU_SHAPE = (12288, 49152)  # a feed-forward layer of OPT-175B
 LONGEST = 0.05  # seconds that one repetition of one side takes, about
 
 
@@ -116,83 +113,9 @@ def _time(
     return ours, theirs, ratio
 
 
-@dataclass(frozen=True)
-class GpuRow:
-    """The decode of one token on a GPU; times are medians of a call."""
-
-    gpu: str
-    inputs: int
-    outputs: int
-    bits: int
-    kernel: str
-    packed_us: float
-    fp16_us: float
-    ratio: float  # of fp16 over packed: how many times faster
-    difference: float  # largest, over the largest output, against float64
-
-
-@torch.inference_mode()
-def decode_on_gpu(inputs: int, outputs: int, bits: int, repeats: int) -> GpuRow:
-    """Time one token through a packed layer and its fp16 twin, on the current GPU."""
-    with torch.device("cuda"):
-        draw = torch.Generator("cuda").manual_seed(0)
-        words = (inputs * bits // 32, outputs)
-        groups = inputs // GROUP_SIZE
-        packed = PackedWeight(
-            torch.randint(-(2**31), 2**31, words, generator=draw, dtype=torch.int32),
-            torch.full((groups, outputs * bits // 32), 0x11111111, dtype=torch.int32),
-            (torch.rand(groups, outputs, generator=draw) / 2**bits + 0.01).half(),
-            torch.arange(inputs, dtype=torch.int32) // GROUP_SIZE,
-        )
-        layer = QuantizedLinear(packed, None, bits)
-        x = torch.randn(1, inputs, generator=draw).half()
-    dense = layer.to_linear(torch.float16)
-    ours, theirs = [], []
-    for repeat in range(repeats + 1):
-        times = _gpu_us(layer, x), _gpu_us(dense, x)
-        if repeat:  # the first tunes
-            ours.append(times[0])
-            theirs.append(times[1])
-    # Some outputs tell as much as all, and leave float64 enough memory.
-    exact = x.double() @ dense.weight[:1024].double().T
-    difference = float((layer(x)[:, :1024].double() - exact).abs().max() / exact.abs().max())
-    packed_us, fp16_us = statistics.median(ours), statistics.median(theirs)
-    return GpuRow(
-        torch.cuda.get_device_name(), inputs, outputs, bits, layer.kernel,
-        packed_us, fp16_us, fp16_us / packed_us, difference,
-    )  # fmt: skip
-
-
-def _gpu_us(layer: nn.Module, x: Tensor, calls: int = 20) -> float:
-    event: Any = torch.cuda.Event
-    start, end = event(enable_timing=True), event(enable_timing=True)
-    start.record()
-    for _ in range(calls):
-        layer(x)
-    end.record()
-    end.synchronize()
-    return 1e3 * float(start.elapsed_time(end)) / calls
-
-
-def _print_gpu_rows(bits: list[int], repeats: int) -> list[GpuRow]:
-    print("inputs outputs bits kernel        packed µs  fp16 µs  times faster  difference")
-    rows = []
-    for each in bits:
-        row = decode_on_gpu(*GPU_SHAPE, each, repeats)
-        rows.append(row)
-        print(
-            f"{row.inputs:6} {row.outputs:7} {row.bits:4} {row.kernel:12} {row.packed_us:10.1f} "
-            f"{row.fp16_us:8.1f} {row.ratio:13.2f} {row.difference:11.1e}",
-            flush=True,
-        )
-    print(f"on {rows[0].gpu}")
-    return rows
-
-
 def main() -> None:
     """Print the table, and write it as JSON where --json says."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -203,11 +126,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="file for the rows")
     options = parser.parse_args()
-    rows: list[Row] | list[GpuRow] = (
-        _print_gpu_rows([bits for bits in options.bits if bits != 3], options.repeats)
-        if options.device == "cuda"
-        else _print_rows(options)
-    )
+    rows = _print_rows(options)
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 

@@ -1,7 +1,9 @@
 """A linear layer that keeps its weight packed and multiplies with it as it is."""
 
 from collections.abc import Callable
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +44,7 @@ class QuantizedLinear(nn.Module):
         self._dequantizing = False
         self._kernel: Kernel | None = None
         self._of_kernel: dict[str, Tensor | None] = {}
+        self._take_number()
 
     @property
     def kernel(self) -> str:
@@ -81,9 +84,21 @@ class QuantizedLinear(nn.Module):
         )
 
     def _multiply(self, inputs: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state():
-            return TorchKernel(self._parts())(inputs)  # a graph cannot hold an address
+        if _is_leaving():
+            return TorchKernel(self._parts())(inputs)
+        if torch.compiler.is_compiling():
+            product: Tensor = _multiply_numbered(inputs, self._number)
+            return product
         return self._current_kernel()(inputs)
+
+    def _unpacked(self, dtype: torch.dtype) -> Tensor:
+        if _is_leaving() or torch.compiler.is_compiling():
+            return self._parts().dequantize(dtype)
+        return self._current_kernel().dequantize(dtype)
+
+    def _take_number(self) -> None:
+        self._number = next(_NUMBERS)
+        _NUMBERED[self._number] = self
 
     def _current_kernel(self) -> Kernel:
         """Return the kernel for the tensors that are here now, made at the first call."""
@@ -126,6 +141,30 @@ class QuantizedLinear(nn.Module):
         """Return what a copy or a pickle takes: not the kernel, which holds addresses."""
         return {**self.__dict__, "_kernel": None, "_of_kernel": {}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._take_number()
+
+
+# A compiled graph cannot hold a kernel, which is addresses of tensors. It holds a layer's number.
+_NUMBERS = count()
+_NUMBERED: WeakValueDictionary[int, QuantizedLinear] = WeakValueDictionary()
+
+
+@torch.library.custom_op("stillroom::multiply_packed", mutates_args=())
+def _multiply_numbered(inputs: Tensor, number: int) -> Tensor:
+    return _NUMBERED[number]._current_kernel()(inputs)
+
+
+@_multiply_numbered.register_fake
+def _(inputs: Tensor, number: int) -> Tensor:
+    return inputs.new_empty((*inputs.shape[:-1], _NUMBERED[number].out_features))
+
+
+def _is_leaving() -> bool:
+    """Return whether a graph is made that is to run elsewhere, where no layer has this number."""
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
 
 class _FrozenProduct(torch.autograd.Function):
     """x Wᵀ + b whose backward pass dequantizes W anew instead of keeping it."""
@@ -138,4 +177,4 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        return gradient @ ctx.layer.dequantize(gradient.dtype), None
+        return gradient @ ctx.layer._unpacked(gradient.dtype), None

@@ -36,8 +36,10 @@ def recomputing(model: nn.Module, *, wanted: bool) -> Iterator[None]:
             "set it to false, or take fewer batch_rows"
         )
     able = cast(Any, model)
-    able.activation_checkpointing_enable()
+    # transformers called it gradient checkpointing until 5.18 or so.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(able, f"{kind}_checkpointing_enable")()
     try:
         yield
     finally:
-        able.activation_checkpointing_disable()
+        getattr(able, f"{kind}_checkpointing_disable")()

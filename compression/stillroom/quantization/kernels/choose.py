@@ -19,6 +19,9 @@ class Kernel(Protocol):
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the outputs, (..., out), of the inputs' dtype, for inputs (..., in)."""
 
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight, (out, in), computed in float32."""
+
 
 def choose_kernel(layer: PackedLinear) -> Kernel:
     """Return the fastest kernel that is installed for the layer's device.

@@ -34,7 +34,8 @@ class PackedLinear:
         zeros = unpack_zeros(packed.qzeros, self.bits, self.checkpoint_format).float()
         scales = packed.scales.float()  # (groups, out)
         groups, outputs = scales.shape
-        if has_plain_groups(packed.g_idx, groups):
+        # A compiled graph cannot look at g_idx, and follows it.
+        if not torch.compiler.is_compiling() and has_plain_groups(packed.g_idx, groups):
             values = integers.view(groups, -1, outputs).float()
             values.sub_(zeros[:, None]).mul_(scales[:, None])
             return values.view(-1, outputs).to(dtype).T
@@ -53,7 +54,11 @@ class TorchKernel:
         """Return the outputs, (..., out), of the inputs' dtype, for inputs (..., in)."""
         bias = self.layer.bias
         bias = None if bias is None else bias.to(inputs.dtype)
-        return functional.linear(inputs, self.layer.dequantize(inputs.dtype), bias)
+        return functional.linear(inputs, self.dequantize(inputs.dtype), bias)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight, (out, in), computed in float32."""
+        return self.layer.dequantize(dtype)
 
 
 def require_fit(layer: PackedLinear) -> None:

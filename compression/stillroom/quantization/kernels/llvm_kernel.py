@@ -182,6 +182,10 @@ class LlvmKernel:
             self._run_blocks(tokens, x.data_ptr(), y.data_ptr())
         return y if dtype is torch.float32 else y.to(dtype)
 
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight, (out, in), computed in float32."""
+        return self._torch.dequantize(dtype)
+
     def _run_blocks(self, tokens: int, x: int, y: int) -> None:
         blocks, rest = divmod(tokens, BLOCK)
         self._run(BLOCK, blocks, x, y)

@@ -1,4 +1,5 @@
 import copy
+import gc
 import io
 import os
 import statistics
@@ -267,12 +268,37 @@ def test_without_llvmlite_torch_dequantizes_and_says_so(monkeypatch):
     assert output_difference(layer, _inputs(2, SMALL[0])) < FLOAT32
 
 
-def test_a_compiled_graph_holds_no_address():
-    layer = _layer(*SMALL)
-    graph = torch.compile(layer, backend="eager")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_runs_on_the_kernels(backend):
+    model = torch.nn.Sequential(_layer(*SMALL), torch.nn.Linear(SMALL[1], SMALL[0]), _layer(*SMALL))
+    graph = torch.compile(model, backend=backend, fullgraph=True)
     for seed in range(3):
         inputs = _inputs(2, SMALL[0], seed=seed)
-        torch.testing.assert_close(graph(inputs), layer(inputs), rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            assert torch.equal(graph(inputs), model(inputs))
+    twin = torch.compile(copy.deepcopy(model), backend=backend, fullgraph=True)
+    del model, graph
+    gc.collect()
+    with torch.no_grad():
+        assert torch.isfinite(twin(inputs)).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own way of tracing
+def test_a_compiled_graph_has_gradients():
+    layer = _layer(*SMALL)
+    gradients = []
+    for module in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        inputs = _inputs(2, SMALL[0]).requires_grad_()
+        module(inputs).square().sum().backward()
+        gradients.append(inputs.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+def test_an_exported_graph_needs_no_layer():
+    layer, inputs = _layer(*SMALL), _inputs(2, SMALL[0])
+    program = torch.export.export(layer, (inputs,))
+    assert not any("multiply_packed" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(inputs), layer(inputs), rtol=1e-4, atol=1e-4)
 
 
 def test_without_memory_there_is_no_machine_code():

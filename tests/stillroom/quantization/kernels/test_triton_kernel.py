@@ -1,5 +1,7 @@
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -9,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.quantization.kernels import GPU_SHAPE, decode_on_gpu
+from benchmarks.quantization.gpu import GPU_SHAPE, GROUP_SIZE, decode_on_gpu
 from stillroom.quantization.kernels import choose
 from stillroom.quantization.kernels.dequantization import PackedLinear
 from stillroom.quantization.kernels.report import output_difference
@@ -45,54 +47,136 @@ def test_in_the_interpreter_the_product_is_the_dense_one():
         pytest.skip("the interpreter of this Triton (3.6) does not work with NumPy 2.4")
     assert run.returncode == 0, run.stderr
     rows = json.loads(run.stdout)
-    assert {row["name"] for row in rows} == {"triton-int2", "triton-int4", "triton-int8"}
+    assert {row["name"] for row in rows} == {f"triton-int{bits}" for bits in (2, 3, 4, 8)}
     for row in rows:
         assert row["shape"], row
         assert row["same_again"], row
+        assert row["unpacked"], row
         assert f"torch.{row['dtype']}," in row["case"], row
         assert row["difference"] < TOLERANCES[row["dtype"]], row
 
 
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(
-    ("dtype", "few", "tile"),
-    [("fp16", 1, 128), ("fp16", 16, 64), ("bf16", 16, 64), ("fp32", 16, 16)],
-)
-def test_it_compiles_for_gpus_that_are_not_here(capability, dtype, few, tile):
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize(("bits", "tokens"), [(2, 1), (3, 2), (4, 1), (4, 16), (8, 4)])
+def test_it_compiles_for_gpus_that_are_not_here(capability, dtype, bits, tokens):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from stillroom.quantization.kernels.triton_kernel import CONFIGS, multiply_packed
+    from stillroom.quantization.kernels.triton_kernel import LEAST_ROWS, plan
+    from stillroom.quantization.kernels.triton_product import HEIGHT, multiply, unit_of
 
-    kernel, widest = multiply_packed.fn, CONFIGS[-1]
-    floats, integers = f"*{dtype}", "i32"
-    types = [floats, "*i32", "*fp16", "*u8", floats, floats, *[integers] * 5, *["constexpr"] * 4]
-    values = {"FEW": few, "BITS": 4, "TILE": tile, "WIDTH": widest.kwargs["WIDTH"]}
-    source = ASTSource(
-        kernel,
-        dict(zip(kernel.arg_names, types, strict=True)),
-        {(kernel.arg_names.index(name),): value for name, value in values.items()},
-    )
-    options = {
-        "num_warps": widest.num_warps,
-        "num_stages": widest.num_stages,
-        "enable_fp_fusion": False,
+    made = plan(tokens, 1, bits, *GPU_SHAPE, GROUP_SIZE, 132)
+    floats = [f"*{dtype}", "*fp32", "*i32", "*i32", f"*{dtype}", f"*{dtype}"]
+    types = [*floats, *["i32"] * 6, *["constexpr"] * 12]
+    values = {
+        "BITS": bits,
+        "UNIT": unit_of(bits),
+        "ROWS": max(LEAST_ROWS, made.used),
+        "USED": made.used,
+        "FEW": made.few,
+        "STACK": made.stack,
+        "HEIGHT": HEIGHT,
+        "WIDTH": made.width,
+        "STAGES": made.stages,
+        "WHOLE": True,
+        "HALF_SCALES": True,
+        "PTX": True,
     }
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert ("mma" in made.asm["ptx"]) == (few > 1 and dtype != "fp32")
-    assert made.metadata.shared < 99 * 1024  # the smallest of compute capability 8.x
+    aligned = ("x", "words", "grid", "bias", "y", "inputs", "outputs")
+    names = multiply.arg_names
+    source = ASTSource(
+        multiply,
+        dict(zip(names, types, strict=True)),
+        {(names.index(name),): value for name, value in values.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": made.warps, "enable_fp_fusion": False}
+    code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert "mma.sync" in code.asm["ptx"]
+    assert "cp.async" in code.asm["ptx"]
+    assert code.metadata.shared < 99 * 1024  # the smallest of compute capability 8.x
+    if (bits, dtype) != (8, "bf16"):
+        assert "lop3.b32 t, t" in code.asm["ptx"]
+
+
+def ptx_value(code, first, second, dtype):
+    """Compute what the PTX for a pair of weights says; it must be exact."""
+    numbers = re.search(
+        r"\$2, (\d+); shr.u32 t, t, (\d+); lop3.b32 t, t, (\d+), (\d+), 0xEA; "
+        r"mov.b32 by, (\d+); mov.b32 less, (\d+);",
+        code,
+    ).groups()
+    halves, shift, mask, one_counts, by, less = map(int, numbers)
+    place = {0x5410: 0, 0x7632: 16}[halves]
+    word = (first >> place & 0xFFFF) | (second >> place & 0xFFFF) << 16
+    word = (word >> shift & mask) | one_counts
+
+    def pair(bits):
+        halves = torch.tensor([bits & 0xFFFF, bits >> 16]).to(torch.int16)
+        return halves.view(dtype).double()
+
+    value = pair(word) * pair(by) + pair(less)
+    assert torch.equal(value.to(dtype).double(), value)
+    return value.tolist()
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_ptx_for_a_pair_makes_the_weights_of_two_words(bits, dtype):
+    from stillroom.quantization.kernels.triton_product import _can_pair, _pair_code
+
+    draw, places, is_half = random.Random(0), 0, dtype is torch.float16
+    for shift in range(33 - bits):
+        if _can_pair(shift, bits, is_half):
+            places += 1
+            for _ in range(20):
+                words = draw.getrandbits(32), draw.getrandbits(32)
+                exact = [(word >> shift) % 2**bits - 2 ** (bits - 1) for word in words]
+                assert ptx_value(_pair_code(shift, bits, is_half), *words, dtype) == exact
+    assert places == (0 if (bits, is_half) == (8, False) else 2 * (17 - bits))
 
 
 @needs_triton
 def test_the_plan_splits_the_inputs_where_outputs_are_few():
-    from stillroom.quantization.kernels.triton_kernel import Plan, plan
+    from stillroom.quantization.kernels.triton_kernel import plan
 
-    assert plan(1, 128, *GPU_SHAPE, 128, 132) == Plan(1, 128, 96, 1)
-    assert plan(1, 128, 4096, 4096, 128, 132) == Plan(1, 128, 2, 16)
-    assert plan(16, 64, 4096, 4096, 128, 132) == Plan(16, 64, 16, 4)
-    assert plan(1, 128, 576, 192, 576, 132) == Plan(1, 64, 5, 2)
+    one = plan(1, 1, 4, *GPU_SHAPE, 128, 132)
+    assert (one.few, one.stack, one.used, one.tiles, one.parts) == (1, 1, 1, 96, 1)
+    small = plan(1, 1, 4, 4096, 4096, 128, 132)
+    assert small.parts > 1
+    assert (small.parts - 1) * small.part_tiles < small.tiles <= small.parts * small.part_tiles
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("tokens", "pieces", "bits", "group", "stack", "used"),
+    [
+        (3, 1, 4, 128, 1, 4),
+        (8, 1, 4, 64, 2, 16),
+        (16, 1, 4, 64, 2, 32),
+        (1, 3, 4, 64, 2, 8),  # a float32 in three pieces, rounded up to four
+        (1, 1, 3, 64, 8, 8),  # a tile of 512 inputs
+        (1, 1, 4, 96, 4, 4),  # the tile from 128 on touches 2 groups, that from 256 on 3
+        (1, 1, 4, 12288, 1, 1),
+        (1, 1, 3, 12288, 1, 1),
+    ],
+)
+def test_groups_of_a_tile_stand_in_rows_of_their_own(tokens, pieces, bits, group, stack, used):
+    from stillroom.quantization.kernels.triton_kernel import plan
+
+    made = plan(tokens, pieces, bits, 12288, 4096, group, 132)
+    assert (made.stack, made.used) == (stack, used)
+
+
+@needs_triton
+def test_too_many_rows_are_left_to_cublas():
+    from stillroom.quantization.kernels.triton_kernel import plan
+
+    assert plan(16, 1, 3, 12288, 4096, 32, 132) is None
 
 
 @needs_triton
@@ -101,10 +185,7 @@ def test_layers_that_it_does_not_know_are_named():
 
     layer = make_packed(4, inputs=96, group=32)
     assert unsupported(layer) is None
-    assert "not 3" in str(unsupported(make_packed(3, inputs=96, group=32)))
-    assert "not of 24" in str(unsupported(make_packed(4, inputs=96, group=24)))
-    packed = PackedWeight(**{**layer.packed.tensors(), "g_idx": layer.packed.g_idx.flip(0)})
-    assert "desc_act" in str(unsupported(PackedLinear(packed, None, 4, "gptq")))
+    assert "not 5" in str(unsupported(PackedLinear(layer.packed, None, 5, "gptq")))
 
 
 def test_without_triton_the_reason_is_said(monkeypatch):
@@ -145,12 +226,13 @@ def test_a_gpu_that_is_new_enough_takes_triton(capability, monkeypatch):
 @pytest.mark.gpu
 @needs_gpu
 @needs_triton
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("tokens", [1, 2, 16, 17])
+@pytest.mark.parametrize("group", [64, 128, 4096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_on_a_gpu_the_product_is_the_dense_one(bits, tokens, dtype):
-    layer = make_packed(bits, inputs=4096, outputs=1040, group=128)
-    layer = QuantizedLinear(layer.packed, torch.randn(1040), bits).cuda()
+def test_on_a_gpu_the_product_is_the_dense_one(bits, tokens, group, dtype):
+    layer = make_packed(bits, inputs=4096, outputs=1056, group=group)
+    layer = QuantizedLinear(layer.packed, torch.randn(1056), bits).cuda()
     x = torch.randn(tokens, 4096, generator=torch.Generator().manual_seed(1)).cuda().to(dtype)
     assert layer.kernel == f"triton-int{bits}"
     assert output_difference(layer, x) < 2 * TOLERANCES[str(dtype).removeprefix("torch.")]
@@ -160,8 +242,25 @@ def test_on_a_gpu_the_product_is_the_dense_one(bits, tokens, dtype):
 @pytest.mark.gpu
 @needs_gpu
 @needs_triton
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_on_a_gpu_the_weight_is_unpacked_to_the_same_bits(bits):
+    packed = make_packed(bits, inputs=192, outputs=1056, group=64).packed
+    shuffled = packed.g_idx[torch.randperm(192, generator=torch.Generator().manual_seed(0))]
+    for groups in (packed.g_idx, shuffled):
+        parts = PackedWeight(**{**packed.tensors(), "g_idx": groups})
+        layer = QuantizedLinear(parts, None, bits).cuda()
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            ours = layer._unpacked(dtype)
+            assert torch.equal(ours, layer.dequantize(dtype))
+        x = torch.randn(3, 192, generator=torch.Generator().manual_seed(1)).cuda()
+        assert output_difference(layer, x) < 2 * TOLERANCES["float32"]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@needs_triton
 def test_the_time_of_decode_on_a_gpu_is_printed():
-    row = decode_on_gpu(*GPU_SHAPE, bits=4, repeats=5)
+    row = decode_on_gpu(*GPU_SHAPE, bits=4, group_size=GROUP_SIZE, tokens=1, repeats=5)
     print(row)
     assert row.kernel == "triton-int4"
     assert row.difference < 2 * TOLERANCES["float16"]
