@@ -30,7 +30,7 @@ PREPARE_DATA = Stage("prepare_data", "dataset", 1)
 TUNE_TEACHER = Stage("tune_teacher", "model", 2)
 CACHE_TEACHER = Stage("cache_teacher", "teacher-cache", 3)
 DISTILL_STUDENT = Stage("distill_student", "model", 2)
-QUANTIZE_MODEL = Stage("quantize_model", "model", 3)
+QUANTIZE_MODEL = Stage("quantize_model", "model", 4)
 TRAIN_ADAPTER = Stage("train_adapter", "adapter", 2)
 EVALUATE_MODEL = Stage("evaluate_model", "evaluation", 2)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from benchmarks.claims import print_claims
 from benchmarks.quantization.cells import Cell, table_cells, timing_cells
 from benchmarks.quantization.decode import measure_decode
+from benchmarks.quantization.gpu import has_gpu, measure_gpu
 from benchmarks.quantization.measures import (
     measure_growth,
     measure_kills,
@@ -28,6 +29,7 @@ MEASURES: dict[str, Callable[[], None]] = {
     "kills": measure_kills,
     "sst2": measure_sst2,
     "decode": measure_decode,
+    **({"gpu": measure_gpu} if has_gpu() else {}),
 }
 PARTS = ("peers", "rows", "timing", "measures", "report", *MEASURES)
 

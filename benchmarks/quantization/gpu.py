@@ -156,6 +156,7 @@ def solve_seconds(inputs: int, outputs: int) -> dict[str, float]:
     assert train is not None
     assert held_out is not None
     options = QuantizationOptions(4, GROUP_SIZE)
+    gptq(W[:256], train.hessian, plain(options))  # compiles
     return {
         "plain": _seconds(lambda: gptq(W, train.hessian, plain(options))),
         "default": _seconds(
@@ -196,6 +197,11 @@ def _seconds(work: Callable[[], object]) -> float:
     work()
     torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def has_gpu() -> bool:
+    """Return whether there is a CUDA device to measure on."""
+    return torch.cuda.is_available()
 
 
 def measure_gpu(path: Path | None = None) -> None:
@@ -246,7 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="file to keep it in, instead of the usual one")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    if not has_gpu():
         raise SystemExit("this benchmark needs a CUDA device, and torch finds none")
     measure_gpu(options.json)
 

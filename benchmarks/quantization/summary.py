@@ -30,6 +30,8 @@ def summarise(results: dict[str, Any]) -> str:
         parts += [f"## {blocks} blocks quantized", _table(rows, blocks)]
     if timed:
         parts += ["## CPU seconds, runs in turn", _times(timed)]
+    if "gpu" in results["measures"]:
+        parts += ["## On a GPU", _gpu(results["measures"]["gpu"])]
     parts += ["## Claims", claims_table(results["claims"])]
     return "\n\n".join(parts) + "\n"
 
@@ -69,6 +71,32 @@ def _times(rows: list[dict[str, Any]]) -> str:
         seconds = median(row["cpu_seconds"] for row in own)
         peak = median(row["peak_bytes"] for row in own) / 1e9
         lines.append(f"| {kind} | {seconds:.1f} | {len(own)} | {peak:.2f} |")
+    return "\n".join(lines)
+
+
+def _gpu(found: dict[str, Any]) -> str:
+    """Return what gpu.py measured: layers, whole models, and the seconds of quantizing."""
+    first = f"{found['gpu']}, {found['date']}, torch {found['torch']}: "
+    lines = [
+        first + "one layer of 12288 inputs and 49152 outputs, packed and in fp16, as CUDA graphs.",
+        "",
+        "| bits | group | tokens | packed, µs | fp16, µs | times as fast |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found["layers"]:
+        lines.append(
+            f"| {row['bits']} | {row['group_size']} | {row['tokens']} | {row['packed_us']:.0f} "
+            f"| {row['fp16_us']:.0f} | {row['times_faster']:.2f} |"
+        )
+    lines += ["", "| Llama of 7 billion random weights | tokens/s, one sequence | GB of weights |"]
+    lines += ["|---|---|---|"]
+    for name, model in found["models"].items():
+        speed, size = model["tokens_per_second"], model["gigabytes_of_weights"]
+        lines.append(f"| {name} | {speed:.0f} | {size:.2f} |")
+    lines += ["", "| seconds to quantize a layer, inputs x outputs | plain GPTQ | the default |"]
+    lines += ["|---|---|---|"]
+    for name, seconds in found["solved"].items():
+        lines.append(f"| {name} | {seconds['plain']:.2f} | {seconds['default']:.2f} |")
     return "\n".join(lines)
 
 

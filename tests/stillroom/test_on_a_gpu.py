@@ -84,6 +84,17 @@ def test_a_packed_model_computes_there(tmp_path, bits, dtype):
     assert (one - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+def test_a_compiled_packed_model_computes_the_same(tmp_path):
+    model = tiny_llama(hidden=64)
+    result = quantize_model(model, rows(), QuantizationOptions(4, 32))
+    save_quantized(model, tiny_tokenizer(), result, tmp_path)
+    packed = load_quantized(tmp_path, dtype=torch.float16, weights="packed").cuda()
+    graph = torch.compile(packed, backend="aot_eager")
+    with torch.no_grad():
+        ids = rows().input_ids[:1].cuda()
+        assert torch.equal(graph(input_ids=ids).logits, packed(input_ids=ids).logits)
+
+
 def test_a_teachers_outputs_are_those_of_the_cpu(tmp_path):
     teacher, examples = tiny_llama(layers=3), token_rows(8, padding=3)
     folders = []

@@ -5,14 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stillroom.quantization.grid import Grid, beyond, find_grid
+from stillroom.quantization.columns import round_columns
+from stillroom.quantization.grid import WEIGHTS_AT_ONCE_ON_GPU, Grid, find_grid
 from stillroom.quantization.hessian import inverse_cholesky
 from stillroom.quantization.options import DEFAULT_DAMPING, QuantizationOptions
-from stillroom.quantization.threads import one_thread
 from stillroom.quantization.weight import QuantizedWeight, Solution, relative_output_error
-
-# Columns that are corrected one by one.
-RUN = 32
 
 
 def gptq(W: Tensor, H: Tensor, options: QuantizationOptions) -> Solution:
@@ -48,6 +45,8 @@ def find_grids(W: Tensor, H: Tensor, options: QuantizationOptions) -> Grid:
     """Return the grids of all groups of W, (out, in), as tensors (out, groups)."""
     importance = H.diagonal().float() if options.weighted_grid else None
     group = options.group_columns(W.shape[1])
+    if W.is_cuda:
+        return find_grids_at_once(W, group, importance, options)
     found = [
         _grid_of_group(W[:, start : start + group], start, importance, options)
         for start in range(0, W.shape[1], group)
@@ -58,6 +57,22 @@ def find_grids(W: Tensor, H: Tensor, options: QuantizationOptions) -> Grid:
         options.bits,
         options.symmetric,
     )
+
+
+def find_grids_at_once(
+    W: Tensor, group: int, importance: Tensor | None, options: QuantizationOptions
+) -> Grid:
+    """Return the grids of all groups, (out, groups), searched together: a GPU waits for no loop."""
+    groups = W.shape[1] // group
+    rows = max(1, WEIGHTS_AT_ONCE_ON_GPU // W.shape[1])
+    found = []
+    for part in torch.split(W, rows):
+        own = None if importance is None else importance.view(groups, group).repeat(len(part), 1)
+        values = part.reshape(-1, group)  # (rows * groups, group)
+        grid = find_grid(values, options.bits, options.symmetric, own)
+        found.append((grid.scale.view(-1, groups), grid.zero.view(-1, groups)))
+    scales, zeros = (torch.cat(each) for each in zip(*found, strict=True))
+    return Grid(scales, zeros, options.bits, options.symmetric)
 
 
 @dataclass(frozen=True)
@@ -128,13 +143,13 @@ def solve(
         index = [place[i] // group for i in range(start, end)]
         # Each row over its diagonal, (versions, block, columns from the block on).
         V = U[:, start:end, start:] / U[:, start:end, start:].diagonal(dim1=1, dim2=2)[..., None]
-        with one_thread():
-            block = _round_block(
-                T[:, start:end],
-                V[..., : end - start],
-                [(scales[g], zeros[g]) for g in index],
-                2**options.bits - 1,
-            )
+        block = round_columns(
+            T[:, start:end],
+            V[..., : end - start],
+            torch.stack([scales[g] for g in index]),
+            torch.stack([zeros[g] for g in index]),
+            2**options.bits - 1,
+        )
         Q[:, start:end] = block.integers
         clipped += block.clipped
         T[:, end:].baddbmm_(V[..., end - start :].mT, block.errors, alpha=-1)
@@ -143,39 +158,6 @@ def solve(
     integers[:, order] = Q
     shared = Grid(torch.stack(scales, 1), torch.stack(zeros, 1), options.bits, options.symmetric)
     return Rounded(integers, shared, clipped)
-
-
-@dataclass(frozen=True)
-class _Block:
-    integers: Tensor  # (versions, block, out) float32
-    errors: Tensor  # (versions, block, out), E
-    clipped: Tensor  # (versions, out)
-
-
-def _round_block(T: Tensor, V: Tensor, grids: list[tuple[Tensor, Tensor]], top: int) -> _Block:
-    """Round the columns T, (versions, block, out), that all columns before them have corrected.
-
-    V holds U_ij / U_ii. A column is corrected when it is reached, for those before it in its run
-    of `RUN`; the columns after a run are corrected when it is done. So most of the work is a
-    product of matrices.
-    """
-    columns = T.shape[1]
-    scales = torch.stack([scale for scale, _ in grids])  # (block, out)
-    zeros = torch.stack([zero for _, zero in grids])
-    lowest, highest = -zeros, top - zeros
-    E = torch.empty_like(T)
-    positions, Q = torch.empty_like(E), torch.empty_like(E)
-    for start in range(0, columns, RUN):
-        end = min(start + RUN, columns)
-        for i in range(start, end):
-            w = T[:, i]  # (versions, out)
-            if i > start:
-                w = torch.baddbmm(w[:, None], V[:, None, start:i, i], E[:, start:i], alpha=-1)[:, 0]
-            q = torch.round(torch.div(w, scales[i], out=positions[:, i]), out=Q[:, i])
-            torch.clamp(q, lowest[i], highest[i], out=q)
-            torch.addcmul(w, q, scales[i], value=-1, out=E[:, i])
-        T[:, end:].baddbmm_(V[:, start:end, end:].mT, E[:, start:end], alpha=-1)
-    return _Block(Q.add_(zeros), E, beyond(positions.add_(zeros), top).sum(1))
 
 
 def _grid_of_group(

@@ -11,8 +11,9 @@ from stillroom.quantization.threads import one_thread
 SHARES = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.52, 0.44)
 # Rounds of refitting scale and zero point to the integers that they led to.
 REFITS = 3
-# Rows are searched in pieces of so many weights, which stay in the processor's cache.
+# Rows are searched in pieces of so many weights: on a CPU those that stay in its cache.
 WEIGHTS_AT_ONCE = 1 << 16
+WEIGHTS_AT_ONCE_ON_GPU = 1 << 25
 SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16 number
 LARGEST_SCALE = 65504.0  # the largest
 
@@ -54,23 +55,29 @@ def beyond(positions: Tensor, top: int) -> Tensor:
 def find_grid(values: Tensor, bits: int, symmetric: bool, importance: Tensor | None = None) -> Grid:
     """Return the grid for each row of `values`, (rows, columns) in float32.
 
-    Without `importance` the grid spans the smallest and the largest value. With it, (columns,),
-    scale and zero point minimise sum_j importance_j (w_j - q_j)^2 among shrunken ranges, refitted
-    by least squares to the integers that they lead to; with the diagonal of the Hessian this is
-    the layer's output error but for its cross terms. A symmetric grid has one step more on one
-    side: a negative scale turns it to where the row needs it.
+    Without `importance` the grid spans the smallest and the largest value. With it, (columns,) or
+    each row's own in (rows, columns), scale and zero point minimise sum_j importance_j
+    (w_j - q_j)^2 among shrunken ranges, refitted by least squares to the integers that they lead
+    to; with the diagonal of the Hessian this is the layer's output error but for its cross terms.
+    A symmetric grid has one step more on one side: a negative scale turns it to where the row
+    needs it.
     """
     whole = _full_range(values, bits, symmetric)
     if importance is None or not bool((importance > 0).any()):
         return whole
-    rows = max(1, WEIGHTS_AT_ONCE // values.shape[1])
+    at_once = WEIGHTS_AT_ONCE_ON_GPU if values.is_cuda else WEIGHTS_AT_ONCE
+    rows = max(1, at_once // values.shape[1])
     pieces = zip(
         *(torch.split(each, rows) for each in (values, whole.scale, whole.zero)), strict=True
     )
     with one_thread():
         parts = [
-            _search(piece.contiguous(), importance, Grid(scale, zero, bits, symmetric))
-            for piece, scale, zero in pieces
+            _search(
+                piece.contiguous(),
+                importance if importance.dim() == 1 else importance[i * rows : (i + 1) * rows],
+                Grid(scale, zero, bits, symmetric),
+            )
+            for i, (piece, scale, zero) in enumerate(pieces)
         ]
     scale, zero = (torch.cat([getattr(part, name) for part in parts]) for name in ("scale", "zero"))
     return Grid(scale, zero, bits, symmetric)
@@ -124,7 +131,7 @@ class _Best:
         error = torch.div(self.values, grid.scale, out=self.scratch)
         error.round_().add_(grid.zero).clamp_(0, 2**grid.bits - 1)
         error.sub_(grid.zero).mul_(grid.scale).sub_(self.values)
-        return (error.square_() @ self.importance)[:, None]
+        return _weighted(error.square_(), self.importance)
 
 
 def _search(values: Tensor, importance: Tensor, whole: Grid) -> Grid:
@@ -158,15 +165,21 @@ def _refit(values: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tens
     zero = grid.zero
     if not grid.symmetric:
         # w = slope * integer + offset, by weighted least squares; the offset is -slope * zero.
-        total = importance.sum()
-        u = integers - (integers @ importance)[:, None] / total
-        w_mean = (values @ importance)[:, None] / total
-        u_mean = (integers @ importance)[:, None] / total
-        slope = ((u * values) @ importance)[:, None] / ((u * u) @ importance)[:, None]
+        total = importance.sum(-1, keepdim=True)
+        u = integers - _weighted(integers, importance) / total
+        w_mean = _weighted(values, importance) / total
+        u_mean = _weighted(integers, importance) / total
+        slope = _weighted(u * values, importance) / _weighted(u * u, importance)
         fitted = torch.round(u_mean - w_mean / slope)
         usable = torch.isfinite(fitted)
         zero = torch.where(usable, fitted, zero).clamp(1, 2**grid.bits - 1)
     steps = integers - zero
-    energy = ((steps * steps) @ importance)[:, None]
-    fitted = ((steps * values) @ importance)[:, None] / energy
+    fitted = _weighted(steps * values, importance) / _weighted(steps * steps, importance)
     return torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, grid.scale), zero
+
+
+def _weighted(values: Tensor, importance: Tensor) -> Tensor:
+    """Return each row's sum, (rows, 1), weighted by (columns,) or by (rows, columns)."""
+    if importance.dim() == 1:
+        return (values @ importance)[:, None]
+    return (values * importance).sum(1, keepdim=True)

@@ -161,8 +161,14 @@ def _(inputs: Tensor, number: int) -> Tensor:
     return inputs.new_empty((*inputs.shape[:-1], _NUMBERED[number].out_features))
 
 
+# Before, Dynamo takes every compilation for an export.
+_EXPORTS_ARE_KNOWN = torch.__version__ >= "2.13"
+
+
 def _is_leaving() -> bool:
     """Return whether a graph is made that is to run elsewhere, where no layer has this number."""
+    if torch.compiler.is_dynamo_compiling():
+        return _EXPORTS_ARE_KNOWN and torch.compiler.is_exporting()
     return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 

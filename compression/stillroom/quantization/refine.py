@@ -7,12 +7,13 @@ tr((W - Q) H (W - Q)ᵀ), in which all columns count at once; neither can raise 
 import torch
 from torch import Tensor
 
+from stillroom.quantization.columns import descend_columns
 from stillroom.quantization.grid import storable
-from stillroom.quantization.threads import one_thread
 from stillroom.quantization.weight import QuantizedWeight
 
 # Rows whose scales are solved for at once: each needs a matrix of groups x groups.
 MATRIX_NUMBERS_AT_ONCE = 1 << 24
+MATRIX_NUMBERS_AT_ONCE_ON_GPU = 1 << 28
 
 
 def refine(
@@ -53,7 +54,7 @@ def descend(W: Tensor, H: Tensor, weight: QuantizedWeight, block_size: int = 32)
         g = start // group
         end = min(start + block_size, (g + 1) * group)
         scale, zero = scales[g], zeros[g]  # (out,)
-        moved = _descend_block(
+        moved = descend_columns(
             integers[start:end] - zero,
             R[start:end] / diagonal[start:end, None] / scale,
             H[start:end, start:end] / diagonal[start:end],
@@ -67,27 +68,6 @@ def descend(W: Tensor, H: Tensor, weight: QuantizedWeight, block_size: int = 32)
     )
 
 
-def _descend_block(steps: Tensor, wish: Tensor, C: Tensor, bounds: tuple[Tensor, Tensor]) -> Tensor:
-    """Return by how many steps each column goes down, (block, out), one column after the other.
-
-    Args:
-        steps: (block, out), where the columns stand, in steps of the grid from zero.
-        wish: (block, out), by how many steps each would go up, if it were the only one to move.
-        C: (block, block), H_ij / H_jj.
-        bounds: the lowest and the highest step, (out,) each.
-    """
-    wish += steps
-    moved = torch.empty_like(steps)
-    with one_thread():
-        for j in range(len(steps)):
-            target = wish[j]
-            if j:
-                torch.addmv(target, moved[:j].T, C[:j, j], out=target)
-            torch.clamp(target.round_(), *bounds, out=target)
-            torch.sub(steps[j], target, out=moved[j])
-    return moved
-
-
 def refit_scales(
     W: Tensor, H: Tensor, weight: QuantizedWeight, WH: Tensor | None = None
 ) -> QuantizedWeight:
@@ -99,7 +79,8 @@ def refit_scales(
     """
     WH = W @ H if WH is None else WH
     groups = weight.scales.shape[1]
-    rows = max(1, MATRIX_NUMBERS_AT_ONCE // (groups * groups + W.shape[1]))
+    at_once = MATRIX_NUMBERS_AT_ONCE_ON_GPU if W.is_cuda else MATRIX_NUMBERS_AT_ONCE
+    rows = max(1, at_once // (groups * groups + W.shape[1]))
     scales = torch.cat(
         [
             _solve_scales(WH[start : start + rows], H, weight.rows(start, start + rows))
@@ -121,8 +102,9 @@ def _solve_scales(WH: Tensor, H: Tensor, weight: QuantizedWeight) -> Tensor:
     # A group whose integers are all zero points has no scale of its own: the old one stays.
     free = A.diagonal(dim1=1, dim2=2) > 0
     A.diagonal(dim1=1, dim2=2).add_((~free).float())
-    solved, failed = torch.linalg.solve_ex(A.double(), b.double()[..., None])
-    found = solved[..., 0].float()
+    # Positive definite as H is. LU would take a GPU a launch for each row.
+    factor, failed = torch.linalg.cholesky_ex(A.double())
+    found = torch.cholesky_solve(b.double()[..., None], factor)[..., 0].float()
     usable = free & torch.isfinite(found) & (found != 0) & (failed == 0)[:, None]
     old = weight.scales.float()
     new = torch.where(usable, storable(found), old)

@@ -161,7 +161,8 @@ def _pack_grid(layer: PackedLinear) -> Tensor:
     zeros = unpack_zeros(layer.packed.qzeros, layer.bits, layer.checkpoint_format)
     offsets = (2 ** (layer.bits - 1) - zeros.int()).half()  # exact: at most 128
     below = layer.packed.scales.contiguous().view(torch.int16).int() & 0xFFFF
-    return (offsets.contiguous().view(torch.int16).int() << 16 | below).contiguous()
+    grid: Tensor = offsets.contiguous().view(torch.int16).int() << 16 | below
+    return grid
 
 
 @dataclass(frozen=True)
