@@ -8,6 +8,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
+from flows.ask_teacher import ask_elsewhere
 from flows.orders import Orders
 from flows.plan import planned_keys, resolve_source
 from flows.road import BASE_TEXT, Made, Measured, walk
@@ -81,6 +82,7 @@ class Runner:
     """Have each order done by a Prefect task."""
 
     def __init__(self, recipe: Recipe, journal: Journal) -> None:
+        self.recipe = recipe
         self.threads = recipe.execution.threads or threads_here()
         self.journal = journal
 
@@ -90,6 +92,7 @@ class Runner:
         Raises:
             StillroomError: it could not be made; the message says why.
         """
+        ask_elsewhere(order, artifacts, self.recipe, self.threads, self.journal.store)
         state: State[Any] = run_stage(
             order, artifacts, self.threads, self.journal, return_state=True
         )

@@ -95,7 +95,8 @@ class Orders(Generic[A]):
         the held-out rows."""
         section = as_json(distillation.cache) | {"temperature": distillation.temperature}
         inputs = {"teacher": teacher, "data": data}
-        workers = {"workers": self.recipe.execution.cache_workers}
+        execution = self.recipe.execution
+        workers = {"workers": execution.cache_workers, "over": execution.cache_over}
         ordered = {"cache": self._order(CACHE_TEACHER, "cache teacher", section, inputs, workers)}
         if distillation.training.early_stopping_patience:
             title = "cache teacher, held-out rows"

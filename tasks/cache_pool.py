@@ -16,11 +16,14 @@ TITLE = "a worker of the teacher cache"
 _log = logging.getLogger(__name__)
 
 
-def share_capture(bench: Bench, plan: CapturePlan, workers: int, threads: int) -> int:
+def share_capture(
+    bench: Bench, plan: CapturePlan, workers: int, threads: int, run: str | None = None
+) -> int:
     """Have `workers` processes of `threads` threads make the pieces that are missing.
 
-    Returns how many of them were killed. What a killed worker had claimed stays missing, one piece
-    at most; the others go on with the rest.
+    `run` is shared by those who work on the same cache at the same time: what one has claimed, no
+    other takes. Returns how many processes were killed. What a killed worker had claimed stays
+    missing, one piece at most; the others go on with the rest.
 
     Raises:
         StillroomError: whatever the work of a worker raised; the others are ended.
@@ -32,7 +35,7 @@ def share_capture(bench: Bench, plan: CapturePlan, workers: int, threads: int) -
         order=bench.order,
         inputs=bench.inputs,
         store_url=bench.store_url,
-        run=uuid.uuid4().hex,
+        run=run or uuid.uuid4().hex,
         threads=threads,
     )
     folders = [bench.scratch / f"worker-{i}" for i in range(min(workers, len(missing)))]

@@ -26,7 +26,7 @@ def run_child(request: Request, scratch_root: Path, progress: Progress) -> Recor
         OutOfMemoryError: the child was killed.
         StageError: it ended without a word.
     """
-    with _scratch(scratch_root) as folder:
+    with scratch_folder(scratch_root) as folder:
         (folder / "request.json").write_text(request.model_dump_json())
         code = _run(folder, request.threads, progress)
         if code == 0:
@@ -73,7 +73,7 @@ def _run(folder: Path, threads: int, progress: Progress) -> int:
 
 
 @contextlib.contextmanager
-def _scratch(root: Path) -> Iterator[Path]:
+def scratch_folder(root: Path) -> Iterator[Path]:
     """Make a folder for one stage's work, and clear away those of processes that are gone."""
     try:
         root.mkdir(parents=True, exist_ok=True)

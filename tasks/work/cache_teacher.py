@@ -10,14 +10,14 @@ from tasks.work.bench import Bench, Result
 def work(bench: Bench) -> Result:
     """Write the teacher's targets, shard by shard, with as many workers as the recipe says.
 
-    What a lost worker leaves undone is made here, on the threads that a worker has: their number
-    may change the last bits.
+    Those that work elsewhere have done so before this begins. What a lost worker leaves undone is
+    made here, on the threads that a worker has: their number may change the last bits.
     """
     import torch
 
     plan = plan_capture(bench.order, bench.inputs)
     workers, metrics = bench.order.unkeyed.get("workers", 1), {}
-    if workers > 1:
+    if workers > 1 and bench.order.unkeyed.get("over", "processes") == "processes":
         threads = max(1, torch.get_num_threads() // workers)
         metrics["lost_workers"] = float(share_capture(bench, plan, workers, threads))
         torch.set_num_threads(threads)

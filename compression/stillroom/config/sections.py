@@ -167,6 +167,12 @@ class Execution(Section):
     cache_workers: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes that ask the teacher, each with the teacher in memory and a share of the threads;
     their number changes nothing of what comes of it as long as that share is the same."""
+    cache_over: Literal["processes", "prefect", "ray"] = "processes"
+    """Where they run: processes of this machine; runs of a Prefect deployment, which its work pool
+    places; or tasks of the Ray cluster that RAY_ADDRESS names (one of this machine if it names
+    none). Elsewhere each takes all threads, and needs the same STILLROOM_STORE."""
+    cache_deployment: Annotated[str, Field(pattern=r"^[^/]+/[^/]+$")] = "ask-teacher/ask-teacher"
+    """The deployment that `cache_over: prefect` runs, as flow/deployment."""
     training_processes: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes that train one model together on this machine, each with a share of the threads, or
     a GPU of its own; a step's gradient_accumulation batches are dealt out to them, so their number

@@ -1,0 +1,171 @@
+"""Ask the teacher on other machines, by runs of a Prefect deployment or by tasks on Ray.
+
+Each worker fetches the teacher and the rows from the store, takes the next piece of the cache that
+nobody has claimed, and leaves it in the store: so all must know the store by the same address.
+What none of them made, because it was killed, the stage itself makes.
+"""
+
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from prefect import flow, get_client, get_run_logger, task
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelling, Completed, Failed
+
+from stillroom.config import Recipe
+from stillroom.errors import RecipeError, StageError
+from tasks.cache_share import Share, work_share
+from tasks.explain import explain
+from tasks.progress import ShownProgress
+from tasks.stages import CACHE_TEACHER, Order
+from tasks.store.record import Record
+from tasks.store.store import ArtifactStore
+
+POLL_SECONDS = 2.0
+UNTAKEN_SECONDS = 600.0
+"""How long runs may wait for a worker that takes the first of them."""
+
+
+@flow(name="ask-teacher", flow_run_name="{share.order.title}, shared", persist_result=False)
+def ask_teacher(share: Share) -> "State[None]":
+    """Make pieces of a teacher cache until all are done or claimed."""
+    return _answer(share)
+
+
+def ask_elsewhere(
+    order: Order, records: Mapping[str, Record], recipe: Recipe, threads: int, store: ArtifactStore
+) -> None:
+    """Have the recipe's workers make the pieces of a teacher cache, where they work elsewhere.
+
+    Does nothing for other orders, and where the artifact exists.
+
+    Raises:
+        RecipeError: the deployment does not exist, or prefect-ray is not installed.
+        StageError: a worker failed, or no worker took a run; the message says which.
+    """
+    over, workers = recipe.execution.cache_over, recipe.execution.cache_workers
+    if order.stage != CACHE_TEACHER or over == "processes" or workers == 1:
+        return
+    if store.find(order.kind, order.key) is not None:
+        return
+    share = Share(order=order, records=dict(records), run=uuid.uuid4().hex, threads=threads)
+    if over == "ray":
+        _over_ray(share, workers)
+    else:
+        _over_prefect(share, workers, recipe.execution.cache_deployment)
+
+
+def _answer(share: Share) -> "State[None]":
+    title = share.order.title
+    try:
+        with ShownProgress(title, get_run_logger()) as progress:
+            work_share(share, progress)
+    except Exception as error:
+        explained = explain(error, title)
+        if explained is None:
+            raise
+        return Failed(message=str(explained))
+    return Completed(message="no piece is left unclaimed")
+
+
+def _over_prefect(share: Share, workers: int, deployment: str) -> None:
+    runs: list[FlowRun] = []
+    try:
+        for _ in range(workers):
+            runs.append(_run(deployment, share))
+        _await(runs, deployment, share.order.title)
+    finally:
+        _cancel(runs)
+
+
+def _run(deployment: str, share: Share) -> FlowRun:
+    parameters = {"share": share.model_dump(mode="json")}
+    try:
+        run: Any = run_deployment(deployment, parameters=parameters, timeout=0)
+    except ObjectNotFound as error:
+        raise RecipeError(
+            f"execution.cache_deployment: the Prefect server has no deployment {deployment}; "
+            "register it with `prefect --no-prompt deploy --all --prefect-file "
+            "deployments/prefect.yaml`, or take execution.cache_over: processes"
+        ) from error
+    found: FlowRun = run
+    return found
+
+
+def _await(runs: list[FlowRun], deployment: str, title: str) -> None:
+    """Wait until all runs have ended.
+
+    Raises:
+        StageError: one failed, or none was taken by a worker.
+    """
+    started, lost = time.monotonic(), 0
+    waiting, taken = {run.id for run in runs}, False
+    with get_client(sync_client=True) as client:
+        while waiting:
+            for run_id in sorted(waiting):
+                state = client.read_flow_run(run_id).state
+                assert state is not None
+                taken = taken or not (state.is_scheduled() or state.is_pending())
+                if state.is_failed():
+                    raise StageError(f"{title}: {state.message}")
+                if state.is_final():
+                    waiting.remove(run_id)
+                    lost += not state.is_completed()
+            if not taken and time.monotonic() - started > UNTAKEN_SECONDS:
+                raise StageError(
+                    f"{title}: no worker took a run of {deployment} in {UNTAKEN_SECONDS:.0f} s; "
+                    "start one for its work pool with `prefect worker start --pool NAME`, and "
+                    "give the pool room for this run besides the one that ordered it"
+                )
+            if waiting:
+                time.sleep(POLL_SECONDS)
+    if lost:
+        get_run_logger().warning("%s: %d runs were lost; what they left is made here", title, lost)
+
+
+def _cancel(runs: list[FlowRun]) -> None:
+    """Have runs that have not ended cancelled: whoever ordered them does not wait any more."""
+    with get_client(sync_client=True) as client:
+        for run in runs:
+            state = client.read_flow_run(run.id).state
+            if state is None or not state.is_final():
+                with suppress(ObjectNotFound):
+                    client.set_flow_run_state(run.id, Cancelling(), force=True)
+
+
+def _over_ray(share: Share, workers: int) -> None:
+    try:
+        from prefect_ray import RayTaskRunner
+    except ImportError as error:
+        raise RecipeError(
+            f"execution.cache_over: ray needs prefect-ray ({error}); "
+            "pip install 'stillroom[ray]', or take processes or prefect"
+        ) from error
+    runner = RayTaskRunner(address=os.environ.get("RAY_ADDRESS"))
+
+    @flow(
+        name="ask-teacher-on-ray",
+        flow_run_name=f"{share.order.title}, shared",
+        task_runner=runner,
+        persist_result=False,
+    )
+    def on_ray() -> "list[State[Any]]":
+        futures = [_task.submit(share) for _ in range(workers)]
+        for future in futures:
+            future.wait()
+        return [future.state for future in futures]
+
+    state: State[Any] = on_ray(return_state=True)
+    if state.is_failed() or state.is_crashed():
+        raise StageError(f"{share.order.title}: {state.message}")
+
+
+@task(name="ask teacher", persist_result=False)
+def _task(share: Share) -> "State[None]":
+    return _answer(share)
