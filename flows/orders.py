@@ -96,7 +96,8 @@ class Orders(Generic[A]):
         section = as_json(distillation.cache) | {"temperature": distillation.temperature}
         inputs = {"teacher": teacher, "data": data}
         execution = self.recipe.execution
-        workers = {"workers": execution.cache_workers, "over": execution.cache_over}
+        workers: dict[str, Any] = {"workers": execution.cache_workers, "over": execution.cache_over}
+        workers |= self._layout
         ordered = {"cache": self._order(CACHE_TEACHER, "cache teacher", section, inputs, workers)}
         if distillation.training.early_stopping_patience:
             title = "cache teacher, held-out rows"
@@ -132,7 +133,11 @@ class Orders(Generic[A]):
         section = as_json(self.recipe.evaluation) | {"hardware": hardware_name(threads)}
         inputs = {"teacher": teacher, "model": model, "data": data}
         inputs |= {"adapter": adapter} if adapter else {}
-        return self._order(EVALUATE_MODEL, title, section, inputs)
+        return self._order(EVALUATE_MODEL, title, section, inputs, self._layout)
+
+    @property
+    def _layout(self) -> dict[str, Any]:
+        return {"teacher_device_map": self.recipe.execution.teacher_device_map}
 
     def _import(self, title: str, model: Model) -> A:
         section = as_json(model, *PLACE, "config", "fine_tune", "vocabulary")

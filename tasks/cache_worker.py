@@ -94,7 +94,7 @@ def work(request: WorkerRequest, folder: Path, made: Callable[[str], None]) -> N
         checkpoints=checkpoints,
         progress=silent,
     )
-    teacher = bench.load(request.inputs["teacher"])
+    teacher = bench.load_teacher()
     names = _next_pieces(plan, set(checkpoints.names()), claims)
     capture_pieces(teacher, plan, names, checkpoints, made=made)
 

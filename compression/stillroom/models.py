@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from stillroom.errors import SourceError
+from stillroom.layout import Layout
 
 Task = Literal["causal_lm", "sequence_classification", "seq2seq_lm"]
 Weights = Literal["dense", "packed"]
@@ -42,22 +43,26 @@ def load_model(
     task: Task = "causal_lm",
     dtype: torch.dtype | None = None,
     weights: Weights = "dense",
+    laid_out: Layout | None = None,
 ) -> PreTrainedModel:
     """Return the model in `folder`, in evaluation mode, by default in the saved dtype.
 
     A GPTQ checkpoint loads too: "packed" keeps its integers and unpacks one layer at a time,
-    "dense" unpacks all of it once.
+    "dense" unpacks all of it once. A model that one device cannot hold is laid out over several.
 
     Raises:
-        SourceError: the folder holds no model, or only files that are not safetensors.
+        SourceError: the folder holds no model, or only files that are not safetensors; or a GPTQ
+            checkpoint is to be laid out.
     """
     config = read_config(folder)
     dtype = dtype or saved_dtype(config)
     if "quantization_config" in config:
+        if laid_out is not None:
+            raise SourceError(f"{folder} is quantized: such a model is not laid out over devices")
         from stillroom.quantization.formats.loading import load_quantized
 
         return load_quantized(folder, task=task, dtype=dtype, weights=weights)
-    return load_pretrained(folder, task=task, dtype=dtype)
+    return load_pretrained(folder, task=task, dtype=dtype, laid_out=laid_out)
 
 
 def load_pretrained(
@@ -67,19 +72,22 @@ def load_pretrained(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     label_names: tuple[str, ...] = (),
+    laid_out: Layout | None = None,
 ) -> PreTrainedModel:
     """Return the full-precision model in `folder`, with a new head where `label_names` ask for one.
 
     Raises:
         SourceError: transformers cannot load it.
     """
-    labels: dict[str, Any] = {}
+    further: dict[str, Any] = {}
     if label_names:
-        labels = {
+        further = {
             "num_labels": len(label_names),
             "id2label": dict(enumerate(label_names)),
             "label2id": {name: i for i, name in enumerate(label_names)},
         }
+    if laid_out is not None:
+        further |= {"device_map": laid_out.device_map, "offload_folder": str(laid_out.offloaded)}
     try:
         with quiet():
             model = model_class(task).from_pretrained(
@@ -87,7 +95,7 @@ def load_pretrained(
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
-                **labels,
+                **further,
             )
     except (OSError, ValueError, KeyError) as error:
         raise SourceError(f"{folder} cannot be loaded as {task}: {_line(error)}") from error

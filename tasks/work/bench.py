@@ -58,6 +58,27 @@ class Bench:
         model = load_model(folder, task=self.task, weights=weights)
         return model.to(self.device)  # type: ignore[no-any-return, arg-type]
 
+    def load_teacher(self) -> "PreTrainedModel":
+        """Return the teacher, on the device that the recipe asks for, or laid out over several.
+
+        Raises:
+            RecipeError: the machine has no such device.
+            SourceError: the folder holds no model.
+        """
+        from stillroom.layout import Layout
+        from stillroom.models import load_model
+
+        if not self.lays_out_teacher:
+            return self.load(self.inputs["teacher"])
+        self.require_device()
+        layout = Layout(self.order.unkeyed["teacher_device_map"], self.scratch / "offloaded")
+        return load_model(self.inputs["teacher"], task=self.task, laid_out=layout)
+
+    @property
+    def lays_out_teacher(self) -> bool:
+        """Whether the recipe has the teacher laid out over several devices."""
+        return self.order.unkeyed.get("teacher_device_map") is not None
+
     def open_streamed(self, folder: Path) -> "tuple[PreTrainedModel, OnDisk]":
         """Return the model in `folder` without its blocks, and the blocks, which come when needed.
 
@@ -76,16 +97,24 @@ class Bench:
         Raises:
             RecipeError: the machine has no such device.
         """
+        self.require_device()
+        device: str = self.section["device"]
+        # Of several processes each has a GPU of its own.
+        return f"cuda:{self.rank}" if device == "cuda" and self.rank else device
+
+    def require_device(self) -> None:
+        """Refuse a recipe whose device this machine has not.
+
+        Raises:
+            RecipeError: the machine has no such device.
+        """
         import torch
 
-        device: str = self.section["device"]
-        if device == "cuda" and not torch.cuda.is_available():
+        if self.section["device"] == "cuda" and not torch.cuda.is_available():
             raise RecipeError(
                 "execution.device: cuda is asked for and this machine has none; set it to cpu, or "
                 "run on a machine with a GPU"
             )
-        # Of several processes each has a GPU of its own.
-        return f"cuda:{self.rank}" if device == "cuda" and self.rank else device
 
     def source(self, role: str) -> Source:
         """Return the resolved source of `role`."""

@@ -25,7 +25,7 @@ def work(bench: Bench) -> Result:
         plan,
         bench.output,
         bench.checkpoints,
-        lambda: bench.load(bench.inputs["teacher"]),
+        bench.load_teacher,
         progress=bench.progress,
     )
     tokens = plan.examples.tokens

@@ -20,12 +20,10 @@ def work(bench: Bench) -> Result:
     folders = [inputs["model"], *([inputs["adapter"]] if "adapter" in inputs else [])]
     data = load_prepared(inputs["data"])
     _require_same_tokenizer(inputs["model"], data.evaluation)
-    # As it is served.
-    model: Any = bench.load(inputs["model"], weights=fastest_weights(section["device"]))
-    if "adapter" in inputs:
-        model = load_adapter(model, inputs["adapter"])
     itself = len(folders) == 1 and bench.order.inputs["model"] == bench.order.inputs["teacher"]
-    teacher = None if itself else bench.load(inputs["teacher"])
+    teacher = None if itself else bench.load_teacher()
+    laid_out = itself and bench.lays_out_teacher
+    model: Any = bench.load_teacher() if laid_out else _as_it_is_served(bench)
     quality = measure_quality(
         model,
         teacher,
@@ -55,6 +53,14 @@ def work(bench: Bench) -> Result:
     if cost.decode_tokens_per_second:
         metrics["decode_tokens_per_second"] = cost.decode_tokens_per_second.value
     return Result(licence=bench.licence("model"), metrics=metrics)
+
+
+def _as_it_is_served(bench: Bench) -> Any:
+    weights = fastest_weights(bench.section["device"])
+    model = bench.load(bench.inputs["model"], weights=weights)
+    if "adapter" in bench.inputs:
+        return load_adapter(model, bench.inputs["adapter"])
+    return model
 
 
 def _require_same_tokenizer(folder: Path, rows: Examples) -> None:

@@ -40,13 +40,20 @@ class Stage:
         rows = replace(rows, tokenizer_hash=tokenizer_hash(tokenizer))
         save_prepared(PreparedData(rows, rows, rows, {}), folder / "data")
 
-    def run(self, name: str, workers: int, progress: Any = silent, **cache: Any) -> Result:
+    def run(
+        self,
+        name: str,
+        workers: int,
+        progress: Any = silent,
+        device_map: str | None = None,
+        **cache: Any,
+    ) -> Result:
         section = as_json(Distillation.model_validate({"cache": cache}).cache)
         order = Order(
             title="cache teacher",
             stage=CACHE_TEACHER,
             section=section | {"temperature": 1.0, "task": "causal_lm", "device": "cpu"},
-            unkeyed={"workers": workers},
+            unkeyed={"workers": workers, "teacher_device_map": device_map},
             seed=0,
             inputs={"teacher": "a" * 64, "data": "b" * 64},
         )
@@ -114,6 +121,13 @@ def test_two_workers_leave_the_same_bytes_as_none(stage: Stage, made_here: list[
     assert two.metrics == alone.metrics
     assert (ROWS, ROWS) in seen
     assert workers() == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_teacher_that_is_laid_out_leaves_the_same_bytes(stage: Stage, workers: int) -> None:
+    stage.run("whole", 1, rows_per_shard=16)
+    stage.run("laid out", workers, device_map="auto", rows_per_shard=16)
+    assert stage.files("laid out") == stage.files("whole")
 
 
 @pytest.mark.parametrize("lost", [1, 2])

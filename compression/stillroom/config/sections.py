@@ -162,6 +162,9 @@ class Execution(Section):
 
     device: Literal["cpu", "cuda"] = "cpu"
     """What the models are computed on; a machine without it refuses the recipe."""
+    teacher_device_map: Literal["auto"] | None = None
+    """auto: a teacher that one GPU cannot hold lies over all of them, then memory, then the disk,
+    where it is asked and measured (accelerate's device map)."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads of one stage; absent: one a processor. The same number gives the same bytes."""
     cache_workers: Annotated[int, Field(ge=1, le=64)] = 1

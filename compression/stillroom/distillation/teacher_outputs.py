@@ -14,6 +14,7 @@ from stillroom.distillation.cache_files import AUDIT, CacheFacts
 from stillroom.distillation.capture_plan import CapturePlan
 from stillroom.distillation.sampling import SparseDistribution, round_to_half, sparsify
 from stillroom.errors import NotFiniteError
+from stillroom.layout import input_device
 from stillroom.training.options import derived_seed
 
 CHUNK = 128
@@ -65,7 +66,7 @@ def _asking(teacher: nn.Module) -> Iterator[None]:
 
 
 def _ask(teacher: nn.Module, examples: Examples, *, hidden: bool) -> _Outputs:
-    device = next(teacher.parameters()).device
+    device = input_device(teacher)
     further = {} if examples.label_names else {"use_cache": False}
     if hidden:
         further["output_hidden_states"] = True

@@ -18,6 +18,7 @@ from stillroom.evaluation.estimates import Estimate
 from stillroom.evaluation.figures import Cost
 from stillroom.evaluation.quality import evaluating
 from stillroom.hardware import processor, threads_here
+from stillroom.layout import input_device
 from stillroom.models import Task
 from stillroom.progress import Progress, silent
 
@@ -137,7 +138,7 @@ def _time(
     model: PreTrainedModel, task: Task, workload: Workload, progress: Progress
 ) -> tuple[list[float], list[float]]:
     """Return the seconds of each repeat: prefill, and decode (empty for an encoder)."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     draw = torch.Generator().manual_seed(0)
     size = (1, workload.prefill_tokens)
     ids = torch.randint(model.config.vocab_size, size, generator=draw).to(device)  # (1, prefill)

@@ -20,6 +20,7 @@ from stillroom.evaluation.estimates import (
     paired_estimate,
     paired_ratio,
 )
+from stillroom.layout import input_device
 from stillroom.progress import Progress, silent
 
 __all__ = [
@@ -108,7 +109,7 @@ def evaluating(modules: list[PreTrainedModel]) -> Iterator[None]:
 
 def predict(model: PreTrainedModel, batch: Examples) -> Tensor:
     """Return the logits: (rows, length, vocab) of a causal LM, (rows, labels) of a classifier."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     output = model(
         input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device)
     )
