@@ -15,7 +15,7 @@ from benchmarks.distillation.mixture import measure_mixture
 from benchmarks.distillation.peak import measure_peak
 from benchmarks.distillation.places import measure_path
 from benchmarks.distillation.results import gather
-from benchmarks.distillation.sst2 import measure_sst2
+from benchmarks.distillation.sst2 import measure_few_labels, measure_sst2
 from benchmarks.distillation.steps import measure_steps
 from benchmarks.distillation.targets import measure_targets
 from benchmarks.distillation.workers import measure_workers
@@ -28,6 +28,7 @@ MEASURES: dict[str, Callable[[], None]] = {
     "peak": measure_peak,
     "workers": measure_workers,
     "sst2": measure_sst2,
+    "few_labels": measure_few_labels,
     "mixture": measure_mixture,
 }
 

@@ -51,6 +51,17 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "glue": "right of GLUE's 872, %",
         },
     ),
+    "few_labels": (
+        "## The same with {labels} labels\n\nThe teacher learns from these, its student from "
+        "what it says of all phrases, the student without a teacher from these alone, in as many "
+        "steps; seeds: {seeds}.",
+        {
+            "model": "model",
+            "accuracy": "right, %",
+            "lost": "lost against the teacher, points",
+            "standard_error": "± ",
+        },
+    ),
     "mixture": (
         "## Switch in small: a mixture of 8 experts and dense students, {steps} steps, "
         "seeds: {seeds}",

@@ -30,6 +30,7 @@ SEEDS = (0, 1, 2)
 LABELS = ("negative", "positive")
 TRAIN_EXAMPLES = 30_000 if FULL else 12_000
 TEACHER_LAYERS, STUDENT_LAYERS = 6, 3
+FEW = 2_000  # phrases with labels, where the others have none
 LENGTH = 64  # tokens, longer phrases are cut
 BATCH = 32
 TEMPERATURE = 2.0
@@ -96,6 +97,52 @@ def measure_sst2() -> None:
     write_measure(measure_path("sst2"), claims, text="SST-2", rows=rows, **facts)
 
 
+def measure_few_labels() -> None:
+    """Compare the same students where few phrases have labels: a teacher can label the others.
+
+    The teacher learns from the few; its student from what it says of all phrases, without a label;
+    the student without a teacher from the few, in as many steps.
+    """
+    if not (data_folder() / "sst2").exists():
+        return
+    train, test = split_by_sentence(read_examples(data_folder() / "sst2"), random.Random(0))
+    chosen = _rows(random.Random(1).sample(train, TRAIN_EXAMPLES))
+    few = chosen.take(torch.arange(FEW))
+    passes = TRAIN_EXAMPLES / FEW
+    right: dict[str, list[list[bool]]] = {}
+    for seed in SEEDS:
+        teacher = _teacher(few, seed, passes)
+        cached = _cache(teacher, chosen, seed, "sst2-few")
+        models = {
+            "teacher": teacher,
+            OURS.name: _student(teacher, chosen, cached, OURS, seed),
+            ALONE.name: _student(teacher, few, cached, ALONE, seed, passes),
+        }
+        for name, model in models.items():
+            right.setdefault(name, []).append(correct(model, _rows(test)))
+        print(f"seed {seed}", {name: fmean(each[-1]) for name, each in right.items()}, flush=True)
+    sentences = [each.sentence for each in test]
+    gain = _lost(right[OURS.name], right[ALONE.name], sentences)
+    claim = at_least(
+        f"SST-2, {FEW} labels and {TRAIN_EXAMPLES - FEW} phrases without: points gained by the "
+        "teacher, lower 95 % bound of the paired difference",
+        0.0,
+        gain.value + LOWER * gain.standard_error,
+        gain.standard_error,
+    )
+    rows = [
+        {
+            "model": name,
+            "accuracy": 100 * fmean(map(fmean, each)),
+            "lost": _lost(right["teacher"], each, sentences).value,
+            "standard_error": _lost(right["teacher"], each, sentences).standard_error,
+        }
+        for name, each in right.items()
+    ]
+    facts = {"seeds": len(SEEDS), "examples": len(test), "labels": FEW}
+    write_measure(measure_path("few_labels"), [claim], text="SST-2", rows=rows, **facts)
+
+
 @torch.no_grad()
 def correct(model: Any, rows: Examples) -> list[bool]:
     """Return whether each row is classified as it is labelled."""
@@ -135,15 +182,15 @@ def _lost(before: list[list[bool]], after: list[list[bool]], sentences: list[int
     return Estimate(values.value, (values.standard_error**2 + sentence_error**2) ** 0.5)
 
 
-def _teacher(rows: Examples, seed: int) -> Any:
+def _teacher(rows: Examples, seed: int, passes: float = 1.0) -> Any:
     torch.manual_seed(seed)
     model = load_pretrained(_shipped(), task="sequence_classification", label_names=LABELS)
-    fine_tune(model, rows, _training(seed))
+    fine_tune(model, rows, _training(seed, passes))
     return model.eval()
 
 
-def _cache(teacher: Any, rows: Examples, seed: int) -> TeacherCache:
-    folder = bench_folder() / "caches" / f"sst2-{seed}"
+def _cache(teacher: Any, rows: Examples, seed: int, name: str = "sst2") -> TeacherCache:
+    folder = bench_folder() / "caches" / f"{name}-{seed}"
     options = CacheOptions(
         kind="dense", temperature=TEMPERATURE, batch_rows=BATCH, rows_per_shard=4096
     )
@@ -151,20 +198,30 @@ def _cache(teacher: Any, rows: Examples, seed: int) -> TeacherCache:
 
 
 def _student(
-    teacher: Any, rows: Examples, cached: TeacherCache, variant: Variant, seed: int
+    teacher: Any,
+    rows: Examples,
+    cached: TeacherCache,
+    variant: Variant,
+    seed: int,
+    passes: float = 1.0,
 ) -> Any:
     student = initialise_student(teacher, choose_layers(TEACHER_LAYERS, STUDENT_LAYERS))
     if not variant.initialised:
         torch.manual_seed(seed)
         student = type(student)(student.config)
-    options = DistillationOptions(_training(seed), 1.0, 0.0, temperature=TEMPERATURE)
+    options = DistillationOptions(_training(seed, passes), 1.0, 0.0, temperature=TEMPERATURE)
     distill(student, Taught(rows, cached if variant.taught else None), options)
     return student.eval()
 
 
-def _training(seed: int) -> TrainingOptions:
+def _training(seed: int, passes: float = 1.0) -> TrainingOptions:
     return TrainingOptions(
-        batch_rows=BATCH, learning_rate=1e-4, schedule="linear", seed=seed, bucket_by_length=True
+        epochs=passes,
+        batch_rows=BATCH,
+        learning_rate=1e-4,
+        schedule="linear",
+        seed=seed,
+        bucket_by_length=True,
     )
 
 
