@@ -13,7 +13,7 @@ ROWS = 16
 EVERY = 4  # positions of a row
 REPEATS = 16
 # A word that is kept takes four bytes, its id and its probability; one that is drawn its id, two.
-PAIRS = ((0, 16), (1, 14), (2, 12), (3, 10), (4, 8), (5, 6), (6, 4))
+PAIRS = ((0, 17), (1, 15), (2, 13), (3, 11), (4, 9), (5, 7), (6, 5))
 
 
 def measure_targets() -> None:

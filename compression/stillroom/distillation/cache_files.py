@@ -18,7 +18,8 @@ causal language model, of token t for a masked one.
       tail_ids            (rows, L, M) uint16, or int32   drawn words, repeats allowed; each stands
                                                  for tail_mass / M (absent where M is 0)
       tail_mass           (rows, L)    float16   1 less the head's exact sum, rounded as the head
-      entropy             (rows, L)    float32   of the whole distribution, in nats
+      entropy             (rows, L)    float16   of the whole distribution, in nats; rounded up or
+                                                 down at random (float32 before version 3)
     dense
       logits              (rows, L, vocab) float32, not divided by the temperature;
                                            classification: (rows, labels) float32
@@ -30,7 +31,7 @@ causal language model, of token t for a masked one.
       logits              (audit_rows, L, vocab) float32   of the first rows, as in a dense cache
 
 head_ids and head_probabilities are absent where K is 0, tail_ids and tail_mass where M is 0.
-At the default K = 2 and M = 12 with a vocabulary of at most 65,536 words: 2·(2+2) + 12·2 + 2 + 4 =
+At the default K = 2 and M = 13 with a vocabulary of at most 65,536 words: 2·(2+2) + 13·2 + 2 + 2 =
 38 bytes a token; hidden states add 2·H. A row of audit takes 4·L·vocab bytes: of 512 tokens and
 49,152 words 101 MB, as much as 2.6 million tokens of the shards. Padding positions hold zeros.
 
@@ -56,7 +57,7 @@ CacheKind = Literal["sampled", "top_k", "dense"]
 HiddenStates = Literal["none", "last"]
 FACTS = "cache.json"
 AUDIT = "audit"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,8 @@ class TeacherCache:
             each = self._tensor("tail_mass", rows).float() / self.facts.draws
             ids.append(drawn)
             probabilities.append(each.unsqueeze(-1).expand(drawn.shape))
-        return SoftTargets(
-            torch.cat(ids, -1), torch.cat(probabilities, -1), self._tensor("entropy", rows)
-        )
+        entropy = self._tensor("entropy", rows).float()
+        return SoftTargets(torch.cat(ids, -1), torch.cat(probabilities, -1), entropy)
 
     def hidden(self, rows: Tensor) -> Tensor:
         """Return the teacher's last hidden states (batch, length, hidden) float32 of some rows.

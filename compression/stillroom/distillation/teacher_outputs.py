@@ -120,7 +120,7 @@ def _require_finite(values: Tensor, row_hash: str, what: str) -> None:
 def _sparse_row(logits: Tensor, mask: Tensor, row_hash: str, facts: CacheFacts) -> Arrays:
     # One stream of numbers a row, drawn on the CPU: the same on every device and in every batch.
     generator = torch.Generator().manual_seed(derived_seed(facts.seed, row_hash))
-    shape = (len(logits), facts.draws + facts.head + 1)
+    shape = (len(logits), facts.draws + facts.head + 2)
     uniforms = torch.rand(shape, generator=generator, dtype=torch.float64).to(logits.device)
     chunks = []
     for start in range(0, len(logits), CHUNK):
@@ -134,7 +134,7 @@ def _sparse_row(logits: Tensor, mask: Tensor, row_hash: str, facts: CacheFacts) 
 
 def _pack(kept: SparseDistribution, mask: Tensor, uniforms: Tensor, facts: CacheFacts) -> Arrays:
     ids = np.uint16 if facts.vocabulary <= 2**16 else np.int32
-    arrays: Arrays = {"entropy": kept.entropy.cpu().numpy()}
+    arrays: Arrays = {"entropy": round_to_half(kept.entropy, uniforms[:, -1]).cpu().numpy()}
     if facts.head:
         probabilities = kept.head_probabilities
         if facts.kind == "top_k":

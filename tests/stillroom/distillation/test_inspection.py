@@ -40,7 +40,7 @@ def test_figures_are_those_of_the_teacher(tmp_path):
     low = head.sort().values[round(0.05 * len(head)) - 1].item()
     assert found.head_mass_low == pytest.approx(low, rel=1e-3, abs=1e-4)
     entropy = torch.special.entr(p).sum(-1).mean().item()
-    assert found.entropy_nats == pytest.approx(entropy, rel=1e-5)
+    assert found.entropy_nats == pytest.approx(entropy, rel=1e-4)  # rounded to float16
     assert found.audit_bytes > 32 * 24 * 64 * 4
 
 

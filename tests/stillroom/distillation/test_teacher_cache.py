@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
-from stillroom.checkpoint import FolderCheckpoints
+from stillroom.checkpoint import FolderCheckpoints, sha256_of
 from stillroom.distillation.losses import DenseTargets
 from stillroom.distillation.teacher_cache import CacheOptions, TeacherCache, capture
 from stillroom.errors import (
@@ -123,7 +124,7 @@ def halves(value):
     """Return the float16 numbers below and above `value`."""
     nearest = np.float16(value)
     down = nearest if float(nearest) <= value else np.nextafter(nearest, np.float16(-1))
-    return float(down), float(np.nextafter(down, np.float16(2)))
+    return float(down), float(np.nextafter(down, np.float16(np.inf)))
 
 
 @pytest.mark.parametrize("head", [0, 4])
@@ -133,6 +134,22 @@ def test_mean_over_draws_is_the_teachers_distribution(tmp_path, head):
     assert excess.max() <= 1
     # A bound that allows all would show nothing: chance takes a good part of it.
     assert excess.max() > 0.3
+
+
+def test_mean_of_the_rounded_entropy_is_the_teachers(tmp_path):
+    examples = token_rows(1, 12)
+    p = teacher_distribution(examples)
+    exact = torch.special.entr(p).sum(-1)[0].double()
+    total = torch.zeros_like(exact)
+    for seed in range(SEEDS):
+        cache = captured(tmp_path, replace(OPTIONS, seed=seed), examples)
+        total += cache.targets(torch.arange(1)).entropy[0]
+    # Hoeffding's inequality: each number is one of two neighbours.
+    steps = torch.tensor([up - down for down, up in map(halves, exact.tolist())])
+    bound = steps * math.sqrt(SEEDS / 2 * math.log(2 * len(exact) / FALSE_ALARM))
+    assert ((total - SEEDS * exact).abs() <= bound).all()
+    # Rounding to nearest, at the same position for every seed, would not pass.
+    assert (SEEDS * (exact.half() - exact).abs() > bound).any()
 
 
 def test_mean_of_top_k_is_not_the_teachers_distribution(tmp_path):
@@ -176,7 +193,8 @@ def test_targets_are_read_by_row_and_padding_is_empty(tmp_path):
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=3e-3, atol=0)
     p = teacher_distribution(examples)
     entropy = torch.special.entr(p).sum(-1)
-    torch.testing.assert_close(whole.entropy[~padding], entropy[~padding])
+    torch.testing.assert_close(whole.entropy[~padding], entropy[~padding], rtol=2**-10, atol=0)
+    assert whole.entropy.dtype == torch.float32
 
 
 def test_default_costs_at_most_forty_bytes_a_token(tmp_path):
@@ -239,7 +257,7 @@ def test_draws_differ_by_seed_and_not_by_neighbours(tmp_path):
     one = captured(tmp_path / "a", examples=examples).targets(torch.arange(4))
     other = captured(tmp_path / "b", replace(OPTIONS, seed=1), examples).targets(torch.arange(4))
     assert not torch.equal(one.ids, other.ids)
-    torch.testing.assert_close(one.entropy, other.entropy)
+    torch.testing.assert_close(one.entropy, other.entropy, rtol=2**-10, atol=0)
     alone = captured(tmp_path / "c", examples=examples.take(slice(2, 4))).targets(torch.arange(2))
     assert torch.equal(alone.ids, one.ids[2:])
 
@@ -382,15 +400,39 @@ def test_masked_language_model_is_kept_position_by_position(tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_a_cache_of_the_first_format_is_read_and_a_later_one_refused(tmp_path):
+def rewrite(folder, version, entropy):
+    """Make the cache in `folder` one of version 1 or 2, with `entropy` (rows, length) float32."""
+    facts = json.loads((folder / "cache.json").read_text()) | {"format_version": version}
+    if version == 1:
+        for name in ("audit_rows", "hidden_states", "hidden_size"):
+            del facts[name]
+    parts = entropy.split(facts["rows_per_shard"])
+    for name, part in zip(sorted(facts["shards"]), parts, strict=True):
+        save_file(load_file(folder / name) | {"entropy": part.numpy()}, folder / name)
+        facts["shards"][name] = sha256_of(folder / name)
+    (folder / "cache.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_cache_of_an_earlier_format_is_read(tmp_path, version):
+    rows = torch.arange(5)
+    today = captured(tmp_path).targets(rows)
+    entropy = torch.special.entr(teacher_distribution(token_rows(5, padding=3))).sum(-1)
+    rewrite(tmp_path, version, entropy)
+    assert header(tmp_path / "shard-00000.safetensors")["entropy"] == ("F32", [2, 12])
+    cache = TeacherCache.open(tmp_path)
+    assert (cache.facts.format_version, cache.facts.audit_rows) == (version, 0)
+    found = cache.targets(rows)
+    assert torch.equal(found.entropy, entropy)
+    assert torch.equal(found.ids, today.ids)
+    assert torch.equal(found.probabilities, today.probabilities)
+
+
+def test_a_cache_of_a_later_format_is_refused(tmp_path):
     captured(tmp_path)
     facts = json.loads((tmp_path / "cache.json").read_text())
-    for name in ("audit_rows", "hidden_states", "hidden_size"):
-        del facts[name]
-    (tmp_path / "cache.json").write_text(json.dumps(facts | {"format_version": 1}))
-    assert TeacherCache.open(tmp_path).facts.audit_rows == 0
-    (tmp_path / "cache.json").write_text(json.dumps(facts | {"format_version": 3}))
-    with pytest.raises(MismatchError, match="has format 3"):
+    (tmp_path / "cache.json").write_text(json.dumps(facts | {"format_version": 4}))
+    with pytest.raises(MismatchError, match="has format 4"):
         TeacherCache.open(tmp_path)
 
 
@@ -407,7 +449,7 @@ def test_layout_is_the_documented_one(tmp_path):
     assert header(tmp_path / "shard-00000.safetensors") == {
         "head_ids": ("U16", [2, 12, 2]),
         "head_probabilities": ("F16", [2, 12, 2]),
-        "tail_ids": ("U16", [2, 12, 12]),
+        "tail_ids": ("U16", [2, 12, 13]),
         "tail_mass": ("F16", [2, 12]),
-        "entropy": ("F32", [2, 12]),
+        "entropy": ("F16", [2, 12]),
     }
