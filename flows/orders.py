@@ -68,12 +68,16 @@ class Orders(Generic[A]):
             for role, text in (("train", data.train), ("evaluation", data.evaluation))
             if text is not None
         }
-        section = {role: as_json(text, *PLACE) for role, text in texts.items()}
+        section: dict[str, Any] = {role: as_json(text, *PLACE) for role, text in texts.items()}
+        section |= {"minimum_uses": minimum_uses}
+        if self.recipe.task == "masked_lm":
+            # A bare encoder is refused where no training follows.
+            section |= {"new_head": self.recipe.teacher.fine_tune is not None}
         sources = {role: self.resolve(text) for role, text in texts.items()}
         return self._order(
             TRIM_VOCABULARY,
             "trim vocabulary",
-            section | {"minimum_uses": minimum_uses},
+            section,
             {"teacher": teacher},
             sources=sources,
         )
