@@ -56,6 +56,8 @@ def test_every_field_says_in_a_sentence_what_it_is() -> None:
         ("distillation.cosine_weight=1", "set cache.hidden_states to last"),
         ("distillation.preset=hintom", "distillation.preset: Input should be 'hinton'"),
         ("teacher.fine_tune={}", "teacher.fine_tune trains a new head"),
+        ("data.masked_fraction=0.3", "for the task masked_lm, causal_lm came; leave it out"),
+        ("data.masked_fraction=1", "data.masked_fraction: Input should be less than 1"),
         ("nonsense", "expected key=value"),
         ("adapters.7.rank=1", "expected 0 to 0, 7 came"),
         ("name.deeper=1", "name is a single value"),
