@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gptqmodel install-auto-gptq install-llama-cpp bench-distillation bench-quantization bench-quantization-peers demo demo-controls encoder test lint up down clean
+.PHONY: help install install-gptqmodel install-auto-gptq install-llama-cpp bench-distillation bench-quantization bench-quantization-peers demo demo-controls encoder masked test lint up down clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-24s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ demo-controls: $(STAMP) ## The same with its controls: plain cross-entropy, roun
 
 encoder: $(STAMP) ## The same road for an encoder and a classification task
 	$(BIN)/python -m flows compress deployments/recipes/encoder.yaml
+
+masked: $(STAMP) ## The same road for a masked language model
+	$(BIN)/python -m flows compress deployments/recipes/masked.yaml
 
 test: $(STAMP) ## Pass the tests
 	$(BIN)/python -m pytest

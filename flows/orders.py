@@ -68,12 +68,16 @@ class Orders(Generic[A]):
             for role, text in (("train", data.train), ("evaluation", data.evaluation))
             if text is not None
         }
-        section = {role: as_json(text, *PLACE) for role, text in texts.items()}
+        section: dict[str, Any] = {role: as_json(text, *PLACE) for role, text in texts.items()}
+        section |= {"minimum_uses": minimum_uses}
+        if self.recipe.task == "masked_lm":
+            # A bare encoder is refused where no training follows.
+            section |= {"new_head": self.recipe.teacher.fine_tune is not None}
         sources = {role: self.resolve(text) for role, text in texts.items()}
         return self._order(
             TRIM_VOCABULARY,
             "trim vocabulary",
-            section | {"minimum_uses": minimum_uses},
+            section,
             {"teacher": teacher},
             sources=sources,
         )
@@ -81,12 +85,15 @@ class Orders(Generic[A]):
     def prepare_data(self, title: str, data: Data, teacher: A) -> A:
         """Order rows of tokens for training, evaluation and calibration."""
         texts = {"train": data.train} | ({"evaluation": data.evaluation} if data.evaluation else {})
-        section = as_json(data, *texts) | {role: as_json(t, *PLACE) for role, t in texts.items()}
+        # Other tasks hide no words: their keys do not hang on how many it would be.
+        unread = () if self.recipe.task == "masked_lm" else ("masked_fraction",)
+        section = as_json(data, *texts, *unread)
+        section |= {role: as_json(text, *PLACE) for role, text in texts.items()}
         sources = {role: self.resolve(text) for role, text in texts.items()}
         return self._order(PREPARE_DATA, title, section, {"teacher": teacher}, sources=sources)
 
     def tune_teacher(self, training: Training, teacher: A, data: A) -> A:
-        """Order a teacher that has learned the task's labels."""
+        """Order a teacher that has learned the task's labels or hidden words."""
         inputs = {"teacher": teacher, "data": data}
         return self._training(TUNE_TEACHER, "tune teacher", {}, training, inputs)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import stillroom
 from stillroom.contents import LISTING, Contents
-from stillroom.serving import CODE, DEFAULT_CONFIG, DEFAULT_NEW_TOKENS
+from stillroom.serving import CODE, DEFAULT_CONFIG, DEFAULT_NEW_TOKENS, MASK
 
 REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "llvmlite", "numpy", "pandas")
 EXAMPLE_TEXT = "Once upon a time"
@@ -46,7 +46,7 @@ def write_package(folder: Path, contents: Contents, model: Any, run_id: str) -> 
         code_paths=[str(Path(stillroom.__file__).parent)],
         model_config=DEFAULT_CONFIG,
         signature=_signature(contents.task),
-        input_example=[EXAMPLE_TEXT],
+        input_example=[f"{EXAMPLE_TEXT} {MASK}" if contents.task == "masked_lm" else EXAMPLE_TEXT],
         pip_requirements=requirements(contents),
     )
     (folder / "artifacts").mkdir()
@@ -78,6 +78,15 @@ def _signature(task: str) -> Any:
             [
                 ColSpec(DataType.string, "label"),
                 ColSpec(DataType.double, "score"),
+                ColSpec(Array(DataType.double), "scores"),
+            ]
+        )
+        return ModelSignature(inputs=inputs, outputs=outputs)
+    if task == "masked_lm":
+        outputs = Schema(
+            [
+                ColSpec(DataType.string, "filled"),
+                ColSpec(Array(DataType.string), "words"),
                 ColSpec(Array(DataType.double), "scores"),
             ]
         )

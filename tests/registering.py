@@ -17,7 +17,13 @@ from stillroom.quantization.sequential import quantize_model
 from tasks.registry import Candidate, Registered, register_adapter, register_base
 from tasks.tracking import ParentRun, begin_parent_run, connect, ensure_experiment
 from tests.stillroom.rows import token_rows
-from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama, tiny_tokenizer
+from tests.stillroom.tiny import (
+    tiny_bert_classifier,
+    tiny_bert_masked,
+    tiny_llama,
+    tiny_masked_tokenizer,
+    tiny_tokenizer,
+)
 
 TEXTS = ["hello there", "Abc", "some more text."]
 
@@ -79,6 +85,12 @@ def classifier_folder(root: Path) -> Path:
     folder = root / "classifier"
     tokenizer = tiny_tokenizer()
     save_model(tiny_bert_classifier(), tokenizer, folder)
+    return folder
+
+
+def masked_folder(root: Path) -> Path:
+    folder = root / "masked"
+    save_model(tiny_bert_masked(vocab=60), tiny_masked_tokenizer(), folder)
     return folder
 
 

@@ -16,7 +16,7 @@ from stillroom.errors import CorruptedError
 LISTING = "stillroom.json"
 FORMAT = 1
 Kind = Literal["base", "adapter"]
-Task = Literal["causal_lm", "sequence_classification"]
+Task = Literal["causal_lm", "masked_lm", "sequence_classification"]
 
 
 @dataclass(frozen=True)

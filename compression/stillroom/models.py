@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -22,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from stillroom.errors import SourceError
 from stillroom.layout import Layout
 
-Task = Literal["causal_lm", "sequence_classification", "seq2seq_lm"]
+Task = Literal["causal_lm", "masked_lm", "sequence_classification", "seq2seq_lm"]
 Weights = Literal["dense", "packed"]
 
 
@@ -31,6 +32,8 @@ def model_class(task: Task) -> Any:
     match task:
         case "causal_lm":
             return AutoModelForCausalLM
+        case "masked_lm":
+            return AutoModelForMaskedLM
         case "sequence_classification":
             return AutoModelForSequenceClassification
         case "seq2seq_lm":
@@ -51,10 +54,13 @@ def load_model(
     "dense" unpacks all of it once. A model that one device cannot hold is laid out over several.
 
     Raises:
-        SourceError: the folder holds no model, or only files that are not safetensors; or a GPTQ
-            checkpoint is to be laid out.
+        SourceError: the folder holds no model, only files that are not safetensors, or for
+            masked_lm a model without a head that names words; or a GPTQ checkpoint is to be laid
+            out.
     """
     config = read_config(folder)
+    if task == "masked_lm":
+        _require_word_head(config, folder)
     dtype = dtype or saved_dtype(config)
     if "quantization_config" in config:
         if laid_out is not None:
@@ -175,6 +181,16 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _require_word_head(config: dict[str, Any], folder: Path) -> None:
+    """Refuse a bare encoder: transformers would give it a head of random weights."""
+    name = (config.get("architectures") or [""])[0]
+    if name.endswith("Model") and not name.endswith("LMHeadModel"):
+        raise SourceError(
+            f"{folder} holds a {name}, which has no head that names words: a model saved as "
+            "ForMaskedLM expected; take one, or set teacher.fine_tune to train a head first"
+        )
 
 
 def _line(error: Exception) -> str:

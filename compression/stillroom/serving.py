@@ -9,7 +9,7 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,9 @@ DEFAULT_CONFIG: dict[str, Any] = {
 }
 Engine = Literal["torch", "llama.cpp"]
 DEFAULT_NEW_TOKENS = 32
-CLASSIFIED_AT_ONCE = 16
+READ_AT_ONCE = 16
+MASK = "[MASK]"
+"""What stands for a hidden word in every text, whatever the tokenizer's own mask is."""
 logger = logging.getLogger(__name__)
 
 
@@ -68,7 +70,7 @@ def as_pyfunc() -> Any:
 
 
 class ServedModel:
-    """A causal LM that continues texts greedily, or a classifier that labels them."""
+    """A causal LM that continues texts, a masked one that fills them, or a classifier of them."""
 
     def __init__(self, folder: Path, contents: Contents, config: Mapping[str, Any]) -> None:
         """Load the model from the version's files, and an adapter's base from the registry."""
@@ -88,13 +90,22 @@ class ServedModel:
             max_new_tokens: most tokens that a causal LM adds to each text.
 
         Returns:
-            For a causal LM the column `generated`, without the prompt; for a classifier `label`,
-            `score` (its probability) and `scores` (every class's probability).
+            For a causal LM the column `generated`, without the prompt; for a masked one `filled`,
+            the text with each [MASK] replaced by the likeliest word, `words` and `scores` (those
+            words and their probabilities, each alone); for a classifier `label`, `score` (its
+            probability) and `scores` (every class's probability).
+
+        Raises:
+            MismatchError: no texts came, or for a masked LM one without a mask that is read.
         """
         texts = texts_of(model_input)
-        if self.contents.task == "sequence_classification":
-            return self._classify(texts)
-        return self._generate(texts, max_new_tokens)
+        match self.contents.task:
+            case "causal_lm":
+                return self._generate(texts, max_new_tokens)
+            case "masked_lm":
+                return self._fill(texts)
+            case "sequence_classification":
+                return self._classify(texts)
 
     def _load(self, folder: Path) -> tuple[Any, Any]:
         import torch
@@ -163,13 +174,48 @@ class ServedModel:
 
     def _classify(self, texts: list[str]) -> Any:
         import pandas
-        import torch
 
         names = self.model.config.id2label
         rows = []
-        for start in range(0, len(texts), CLASSIFIED_AT_ONCE):
+        for _, logits in self._read(texts):  # (texts, classes)
+            for scores in logits.float().softmax(-1).tolist():
+                best = max(range(len(scores)), key=scores.__getitem__)
+                rows.append((names[best], scores[best], scores))
+        return pandas.DataFrame(rows, columns=["label", "score", "scores"])
+
+    def _fill(self, texts: list[str]) -> Any:
+        import pandas
+
+        own = self.tokenizer.mask_token
+        texts = [text.replace(MASK, own) for text in texts]
+        for text in texts:
+            if own not in text:
+                raise MismatchError(
+                    f"expected a text with {MASK} for a word to name; {text!r} came"
+                )
+        rows: list[tuple[str, list[str], list[float]]] = []
+        for ids, logits in self._read(texts):  # (texts, length), (texts, length, vocab)
+            for row, scores in zip(ids, logits, strict=True):
+                hidden = row == self.tokenizer.mask_token_id
+                if int(hidden.sum()) < texts[len(rows)].count(own):
+                    raise MismatchError(
+                        f"expected every {MASK} among the first {len(row)} tokens, which is what "
+                        f"the model reads; text {len(rows)} has one later; shorten it"
+                    )
+                best = scores[hidden].float().softmax(-1).max(-1)  # (masks,)
+                words = [self.tokenizer.decode([word]).strip() for word in best.indices.tolist()]
+                whole = row.masked_scatter(hidden, best.indices)
+                filled = self.tokenizer.decode(whole, skip_special_tokens=True).strip()
+                rows.append((filled, words, best.values.tolist()))
+        return pandas.DataFrame(rows, columns=["filled", "words", "scores"])
+
+    def _read(self, texts: list[str]) -> Iterator[tuple[Any, Any]]:
+        """Yield token ids (texts, length) and the logits of some texts at a time, cut to fit."""
+        import torch
+
+        for start in range(0, len(texts), READ_AT_ONCE):
             encoded = self.tokenizer(
-                texts[start : start + CLASSIFIED_AT_ONCE],
+                texts[start : start + READ_AT_ONCE],
                 padding=True,
                 truncation=True,
                 max_length=min(
@@ -177,14 +223,10 @@ class ServedModel:
                 ),
                 return_tensors="pt",
             ).to(self.config["device"])
+            ids = encoded["input_ids"]
             with torch.inference_mode():
-                logits = self.model(
-                    input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]
-                ).logits  # (texts, classes)
-            for scores in logits.float().softmax(-1).tolist():
-                best = max(range(len(scores)), key=scores.__getitem__)
-                rows.append((names[best], scores[best], scores))
-        return pandas.DataFrame(rows, columns=["label", "score", "scores"])
+                output = self.model(input_ids=ids, attention_mask=encoded["attention_mask"])
+            yield ids, output.logits
 
     def _start_id(self) -> int:
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):

@@ -43,7 +43,7 @@ class Bench:
 
     @property
     def task(self) -> Any:
-        """What the models are for: causal_lm or sequence_classification."""
+        """What the models are for: causal_lm, masked_lm or sequence_classification."""
         return self.section["task"]
 
     def load(self, folder: Path, weights: "Weights" = "dense") -> "PreTrainedModel":

@@ -14,7 +14,9 @@ def work(bench: Bench) -> Result:
     train = read_texts(bench, "train")
     evaluation = read_texts(bench, "evaluation") if "evaluation" in bench.order.sources else None
     tokenizer = load_tokenizer(bench.inputs["teacher"])
-    options = PrepareOptions(seed=bench.order.seed, **{name: section[name] for name in OPTIONS})
+    options = PrepareOptions(
+        seed=bench.order.seed, **{name: section[name] for name in OPTIONS & section.keys()}
+    )
     data = prepare(options, train, evaluation, tokenizer, tokenizer_hash(tokenizer), bench.progress)
     save_prepared(data, bench.output)
     return Result(licence="as its texts", metrics=data.statistics)

@@ -3,8 +3,17 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from stillroom.data.documents import Document
-from stillroom.models import load_tokenizer, save_model
+from stillroom.models import (
+    load_pretrained,
+    load_tokenizer,
+    read_config,
+    save_model,
+    saved_dtype,
+)
 from stillroom.vocabulary import trim_vocabulary, used_words, words_to_keep
 from tasks.work.bench import Bench, Result
 from tasks.work.texts import read_texts
@@ -17,7 +26,7 @@ def work(bench: Bench) -> Result:
     documents = [each for role in bench.order.sources for each in read_texts(bench, role)]
     counts = used_words(tokenizer, _texts(documents, tokenizer))
     keep = words_to_keep(tokenizer, counts, minimum=bench.section["minimum_uses"])
-    model, tokenizer = trim_vocabulary(bench.load(folder), tokenizer, keep)
+    model, tokenizer = trim_vocabulary(_teacher(bench), tokenizer, keep)
     save_model(model, tokenizer, bench.output)
     used, lost = sum(counts.values()), sum(counts[word] for word in counts.keys() - set(keep))
     metrics = {
@@ -27,6 +36,17 @@ def work(bench: Bench) -> Result:
         "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
     }
     return Result(licence=bench.licence("teacher"), metrics=metrics)
+
+
+def _teacher(bench: Bench) -> PreTrainedModel:
+    """Return the teacher, with a head of weights from the seed where it is to be trained later."""
+    folder = bench.inputs["teacher"]
+    if not bench.section.get("new_head"):
+        return bench.load(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(bench.order.seed)
+        dtype = saved_dtype(read_config(folder))
+        return load_pretrained(folder, task=bench.task, dtype=dtype)
 
 
 def _texts(documents: list[Document], tokenizer: Any) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Teach the teacher the task's labels, where it has never seen them."""
+"""Teach the teacher the task's labels or hidden words, where it has never seen them."""
 
 import torch
 
@@ -10,7 +10,7 @@ from tasks.work.training import save_trained, training_options
 
 
 def work(bench: Bench) -> Result:
-    """Write the teacher with a new head, trained on the labels."""
+    """Write the teacher with a new head, trained on the labels or the hidden words."""
     folder = bench.inputs["teacher"]
     data = load_prepared(bench.inputs["data"])
     with torch.random.fork_rng(devices=[]):

@@ -63,6 +63,33 @@ def tiny_bert_masked(
     return _seeded(BertForMaskedLM, config, seed)
 
 
+def tiny_masked_tokenizer(mask: str = "[MASK]") -> PreTrainedTokenizerFast:
+    """Return a tokenizer of letters that closes rows with [CLS] and [SEP] and knows a mask.
+
+    5 special tokens, then the letters: a is 6, 60 words in all. Unknown is 3.
+    """
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+
+    characters = " abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,"
+    special = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", mask)
+    words = {word: i for i, word in enumerate((*special, *characters))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        mask_token=mask,
+    )
+
+
 def _seeded(kind: type[PreTrainedModel], config: object, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -33,11 +33,12 @@ from tests.registering import (
     adapter_folder,
     classifier_folder,
     llama_folder,
+    masked_folder,
     new_place,
     quantized_folder,
     register_pair,
 )
-from tests.stillroom.tiny import tiny_tokenizer
+from tests.stillroom.tiny import tiny_masked_tokenizer, tiny_tokenizer
 
 # MLflow uses what SQLAlchemy will drop, and peft what transformers will drop.
 pytestmark = [
@@ -75,12 +76,16 @@ def files_of(version: Any) -> Path:
 
 
 def ask_elsewhere(
-    uri: str, reference: str, cwd: Path, access: dict[str, str] | None = None
+    uri: str,
+    reference: str,
+    cwd: Path,
+    access: dict[str, str] | None = None,
+    texts: list[str] = TEXTS,
 ) -> tuple[list[str], dict[str, list[Any]]]:
     """Load and ask a registered version where this repository cannot be imported."""
     done = subprocess.run(
         # -I: no working directory, no PYTHONPATH.
-        [sys.executable, "-I", "-c", ASK, uri, reference, json.dumps(TEXTS)],
+        [sys.executable, "-I", "-c", ASK, uri, reference, json.dumps(texts)],
         cwd=cwd,
         env={"OMP_NUM_THREADS": "1", "HOME": str(cwd), "HF_HUB_OFFLINE": "1", **(access or {})},
         capture_output=True,
@@ -159,6 +164,27 @@ def test_registered_classifier_labels(place: Place) -> None:
             expected = model(input_ids=ids).logits.softmax(-1)[0]
         torch.testing.assert_close(torch.tensor(answer["scores"][i]), expected)
         assert answer["label"][i] == model.config.id2label[int(expected.argmax())]
+
+
+def test_registered_masked_model_fills_masks(place: Place) -> None:
+    folder = masked_folder(place.root)
+    candidate = place.candidate("fills", folder, "c" * 64, task="masked_lm")
+    made = register_base(place.client, candidate)
+    texts = ["ab[MASK]d", "[MASK]ello [MASK]here"]
+
+    _, answer = ask_elsewhere(place.uri, made.uri, place.root, texts=texts)
+
+    model, tokenizer = load_model(folder, task="masked_lm"), tiny_masked_tokenizer()
+    for i, text in enumerate(texts):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.inference_mode():
+            expected = model(input_ids=ids).logits[0].softmax(-1)[ids[0] == tokenizer.mask_token_id]
+        scores, words = expected.max(-1)
+        torch.testing.assert_close(torch.tensor(answer["scores"][i]), scores)
+        assert answer["words"][i] == tokenizer.convert_ids_to_tokens(words.tolist())
+    version = place.client.get_model_version("fills", made.version)
+    example = json.loads((files_of(version) / "input_example.json").read_text())
+    assert "[MASK]" in str(example), "the example must be one that the model answers"
 
 
 def test_version_says_what_it_is(place: Place) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from stillroom.errors import SourceError
 from stillroom.models import load_model, load_tokenizer, save_model, tokenizer_hash
 from tasks.sources import resolve_text
 from tasks.stages import TRIM_VOCABULARY
 from tasks.work import trim_vocabulary
-from tests.stillroom.tiny import tiny_llama
+from tests.stillroom.tiny import tiny_bert_masked, tiny_llama
 from tests.stillroom.trained_tokenizers import trained
 from tests.tasks.benches import new_bench
 
@@ -82,3 +83,33 @@ def test_rare_words_go_and_their_share_is_told(trim: Any) -> None:
     metrics, _ = trim("train", "evaluation", minimum_uses=2)
     assert 0 < metrics["share_of_text_in_dropped_words"] < 1
     assert metrics["words_used"] > 2
+
+
+def test_a_bare_encoder_gets_a_head_from_the_seed_where_one_is_trained_later(
+    tmp_path: Path,
+) -> None:
+    tokenizer = trained("bpe")
+    bare = tiny_bert_masked(vocab=len(tokenizer)).bert
+    save_model(bare, tokenizer, tmp_path / "teacher")
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": TRAIN[0]}) + "\n")
+    source = resolve_text(str(tmp_path / "train.jsonl"), None)
+
+    def work(place: Path, **further: Any) -> Path:
+        place.mkdir()
+        section = {"minimum_uses": 1, "base-train": TEXT, **further}
+        bench = new_bench(TRIM_VOCABULARY, section, place, {"teacher": tmp_path / "teacher"})
+        asked = {"section": {**section, "task": "masked_lm", "device": "cpu"}}
+        order = bench.order.model_copy(update={"sources": {"base-train": source}, **asked})
+        trim_vocabulary.work(replace(bench, order=order))
+        return bench.output
+
+    torch.manual_seed(1)
+    first = work(tmp_path / "first", new_head=True)
+    torch.manual_seed(2)
+    again = work(tmp_path / "again", new_head=True)
+    file = "model.safetensors"
+    assert (first / file).read_bytes() == (again / file).read_bytes()
+    model = load_model(first, task="masked_lm")
+    assert model.config.vocab_size < len(tokenizer)
+    with pytest.raises(SourceError, match=r"set teacher\.fine_tune"):
+        work(tmp_path / "untrained", new_head=False)

@@ -14,6 +14,7 @@ from torch import nn
 
 from stillroom.blocks import find_blocks, find_linears
 from stillroom.checkpoint import Checkpoints
+from stillroom.contents import Task
 from stillroom.data.examples import Examples
 from stillroom.errors import RecipeError, SourceError
 from stillroom.fine_tuning import fine_tune
@@ -55,13 +56,17 @@ def train_lora(
 ) -> tuple["PeftModel", TrainingHistory]:
     """Put LoRA into `model`, in place, and train it by cross-entropy; the base stays frozen.
 
-    A classifier's head is trained with it and saved with the adapter.
+    A classifier's head is trained with it and saved with the adapter; the head that names a masked
+    model's words stays as it is.
 
     Raises:
         RecipeError: a target module is not in the model.
         what `stillroom.training.loop.train` raises.
     """
-    adapted = add_lora(model, options, classifier=bool(examples.label_names), seed=training.seed)
+    task: Task = "masked_lm" if examples.masked else "causal_lm"
+    if examples.label_names:
+        task = "sequence_classification"
+    adapted = add_lora(model, options, task=task, seed=training.seed)
     history = fine_tune(
         adapted,
         examples,
@@ -75,7 +80,7 @@ def train_lora(
 
 
 def add_lora(
-    model: nn.Module, options: LoraOptions, *, classifier: bool = False, seed: int = 0
+    model: nn.Module, options: LoraOptions, *, task: Task = "causal_lm", seed: int = 0
 ) -> "PeftModel":
     """Return `model`, changed in place, with fresh LoRA layers: its outputs stay the same.
 
@@ -88,9 +93,15 @@ def add_lora(
 
     from stillroom.adapters.quantized_lora import register
 
+    types = {
+        "causal_lm": TaskType.CAUSAL_LM,
+        # peft has no type for masked models: this one passes the model's own outputs on.
+        "masked_lm": TaskType.FEATURE_EXTRACTION,
+        "sequence_classification": TaskType.SEQ_CLS,
+    }
     targets = target_names(model, options.target_modules)
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS if classifier else TaskType.CAUSAL_LM,
+        task_type=types[task],
         r=options.rank,
         lora_alpha=options.alpha,  # type: ignore[arg-type]  # any number will do
         lora_dropout=options.dropout,

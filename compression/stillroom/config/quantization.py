@@ -56,7 +56,7 @@ class Quantization(Section):
     mixed: MixedBits | None = None
     """Bits chosen for each layer under a budget; absent: the same bits everywhere."""
     max_perplexity_ratio: Annotated[float, Field(ge=1)] | None = None
-    """Perplexity on calibration rows over that of the original, at most (language models); beyond
+    """Perplexity on calibration rows over that of the original, at most (causal_lm); beyond
     it the stage fails."""
     gguf: bool = False
     """Write model.gguf too, which llama.cpp runs on a CPU at full speed."""

@@ -25,8 +25,8 @@ class Recipe(Section):
 
     name: Identifier
     """Name of the recipe, in lower case, digits and dashes; runs and experiments bear it."""
-    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
-    """Continue text, or sort texts into classes."""
+    task: Literal["causal_lm", "masked_lm", "sequence_classification"] = "causal_lm"
+    """Continue text, name hidden words of a text, or sort texts into classes."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Every random number follows from it."""
     teacher: Model
@@ -58,7 +58,7 @@ class Recipe(Section):
             raise ValueError(f"adapters must have different names: {', '.join(names)} came")
         if "cross_entropy" in self.controls and self.distillation is None:
             raise ValueError("controls: cross_entropy needs a distillation section")
-        if self.distillation and self.task == "causal_lm":
+        if self.distillation and self.task != "sequence_classification":
             divergence, kind = self.distillation.divergence, self.distillation.cache.kind
             if divergence in ("reverse_kl", "jensen_shannon") and kind != "dense":
                 raise ValueError(
@@ -69,8 +69,27 @@ class Recipe(Section):
             raise ValueError("controls: round_to_nearest needs a quantization section")
         if self.teacher.fine_tune and self.task == "causal_lm":
             raise ValueError(
-                "teacher.fine_tune trains a classifier: task must be "
+                "teacher.fine_tune trains a new head: task must be masked_lm or "
                 "sequence_classification, causal_lm came"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_task(self) -> "Recipe":
+        everywhere = {"data": self.data}
+        everywhere |= {f"adapters.{each.name}.data": each.data for each in self.adapters}
+        usual = Data.model_fields["masked_fraction"].default
+        for name, data in everywhere.items():
+            if data.masked_fraction != usual and self.task != "masked_lm":
+                raise ValueError(
+                    f"{name}.masked_fraction: {data.masked_fraction:g} of the words are hidden "
+                    f"for the task masked_lm, {self.task} came; leave it out"
+                )
+        quantization = self.quantization
+        if quantization and quantization.max_perplexity_ratio and self.task == "masked_lm":
+            raise ValueError(
+                "quantization.max_perplexity_ratio predicts each next token, which masked_lm does "
+                "not; set gates.max_perplexity_ratio instead"
             )
         return self
 

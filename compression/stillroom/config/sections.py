@@ -34,7 +34,8 @@ class Model(Section):
     config: str | None = None
     """Local file with a snapshot of the model's config.json, for estimates without the hub."""
     fine_tune: Training | None = None
-    """Train the teacher on the labels first; present for a teacher that has never seen the task."""
+    """Train the teacher on the labels or hidden words first; present for a teacher that has never
+    seen the task."""
     vocabulary: Vocabulary | None = None
     """Cut the teacher's words down to those that the texts use: smaller embeddings and head, for
     every model that comes of it; absent: all words stay."""
@@ -75,6 +76,8 @@ class Data(Section):
     """Tokens in a row."""
     pack: bool = True
     """Fill rows with the end of one text and the start of the next (language models only)."""
+    masked_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of a row's words that are hidden for the model to name (masked_lm only)."""
     min_characters: Annotated[int, Field(ge=0)] = 20
     """Shorter texts are left out, in characters."""
     max_characters: Count = 10_000_000
@@ -131,13 +134,13 @@ class Gates(Section):
     """What must hold before a result may be published; the 95 % bound of each figure counts."""
 
     max_perplexity_ratio: Annotated[float, Field(ge=1)] | None = None
-    """Final model's perplexity over the teacher's, at most."""
+    """Final model's perplexity over the teacher's, at most; of hidden words for masked_lm."""
     max_kl_nats: Annotated[float, Field(ge=0)] | None = None
     """Divergence of the final model from the teacher, at most, in nats a token."""
     min_agreement: Fraction | None = None
     """Share of positions where final model and teacher prefer the same token, at least."""
     min_accuracy_ratio: Fraction | None = None
-    """Final model's accuracy over the teacher's, at least (classification)."""
+    """Final model's accuracy over the teacher's, at least (classes, hidden words)."""
     max_champion_loss_nats: Annotated[float, Field(ge=0)] | None = None
     """Loss added against the registered champion on the same text, at most, in nats a token."""
     max_size_bytes: Count | None = None

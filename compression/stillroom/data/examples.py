@@ -20,10 +20,12 @@ class Examples:
     """Tokenised rows.
 
     input_ids: (rows, length) int64. attention_mask: (rows, length) int64, 1 = real token.
-    labels: for causal language models (rows, length) int64, not shifted, position t holds token t,
-    -100 where there is no loss; for classification (rows,) int64, positions in `label_names`.
+    labels: for language models (rows, length) int64, not shifted, position t holds token t, -100
+    where there is no loss; for classification (rows,) int64, positions in `label_names`.
     documents: (rows,) int64, the document a row comes from, documents of one family counting as
     one; for packed rows that of the first token. Standard errors are clustered by it.
+    masked: the rows are a masked language model's, whose output t answers for the label at t; a
+    causal one's answers for the label at t + 1.
     """
 
     input_ids: Tensor
@@ -32,9 +34,12 @@ class Examples:
     documents: Tensor
     tokenizer_hash: str
     label_names: tuple[str, ...] = ()
+    masked: bool = False
 
     def __post_init__(self) -> None:
         rows, length = self.input_ids.shape
+        if self.masked and self.label_names:
+            raise MismatchError("masked rows have words for labels: no label_names expected")
         labels = (rows,) if self.label_names else (rows, length)
         expected = {"attention_mask": (rows, length), "labels": labels, "documents": (rows,)}
         for name, shape in expected.items():
@@ -112,6 +117,8 @@ def save_examples(examples: Examples, folder: Path) -> None:
         "tokenizer_hash": examples.tokenizer_hash,
         "label_names": list(examples.label_names),
     }
+    # Only where it is so: rows of other tasks keep the bytes that they have had before.
+    facts |= {"masked": True} if examples.masked else {}
     (folder / SIDECAR).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
@@ -179,4 +186,5 @@ def _load(folder: Path, facts: dict[str, Any]) -> Examples:
         documents=tensor("documents", rows),
         tokenizer_hash=facts["tokenizer_hash"],
         label_names=names,
+        masked=bool(facts.get("masked", False)),
     )

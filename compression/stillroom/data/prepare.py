@@ -12,7 +12,12 @@ from stillroom.data.clean import deduplicate, filter_documents, split_documents
 from stillroom.data.documents import Document
 from stillroom.data.examples import Examples, load_examples, save_examples
 from stillroom.data.leaks import LeakRemoval, find_leaks, remove_leaks
-from stillroom.data.tokens import Tokenised, tokenise_causal, tokenise_classification
+from stillroom.data.tokens import (
+    Tokenised,
+    tokenise_causal,
+    tokenise_classification,
+    tokenise_masked,
+)
 from stillroom.errors import CorruptedError, DataError, SourceError
 from stillroom.progress import Progress, silent
 
@@ -24,9 +29,11 @@ STATISTICS = "statistics.json"
 class PrepareOptions:
     """How documents become rows."""
 
-    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+    task: Literal["causal_lm", "masked_lm", "sequence_classification"] = "causal_lm"
     sequence_length: int = 512
     pack: bool = True
+    masked_fraction: float = 0.15
+    """Of a row's words, for masked_lm."""
     held_out_fraction: float = 0.1
     min_characters: int = 20
     max_characters: int = 10_000_000
@@ -150,15 +157,9 @@ def _require_one_row(
     """Say that the text is short before the split says that it cannot be split."""
     # No token is longer than this on average: above it the text fills a row for certain.
     long_enough = 64 * options.sequence_length
-    packed = options.task == "causal_lm" and options.pack
+    packed = options.task != "sequence_classification" and options.pack
     if packed and sum(len(document.content) for document in documents) < long_enough:
-        tokenise_causal(
-            documents,
-            tokenizer,
-            options.sequence_length,
-            pack=True,
-            tokenizer_hash=tokenizer_hash,
-        )
+        _tokenise(documents, options, (), tokenizer, tokenizer_hash)
 
 
 def _without_leaks(
@@ -187,7 +188,7 @@ def _without_leaks(
 
 
 def _label_names(train: list[Document], options: PrepareOptions) -> tuple[str, ...]:
-    if options.task == "causal_lm":
+    if options.task != "sequence_classification":
         return ()
     labels = sorted({document.label for document in train if document.label is not None})
     if len(labels) < 2:
@@ -204,25 +205,39 @@ def _tokenise(
     label_names: tuple[str, ...],
     tokenizer: Any,
     tokenizer_hash: str,
-    progress: Progress,
+    progress: Progress = silent,
 ) -> Tokenised:
-    if options.task == "causal_lm":
-        return tokenise_causal(
-            documents,
-            tokenizer,
-            options.sequence_length,
-            pack=options.pack,
-            tokenizer_hash=tokenizer_hash,
-            progress=progress,
-        )
-    return tokenise_classification(
-        documents,
-        tokenizer,
-        options.sequence_length,
-        label_names,
-        tokenizer_hash=tokenizer_hash,
-        progress=progress,
-    )
+    length = options.sequence_length
+    match options.task:
+        case "causal_lm":
+            return tokenise_causal(
+                documents,
+                tokenizer,
+                length,
+                pack=options.pack,
+                tokenizer_hash=tokenizer_hash,
+                progress=progress,
+            )
+        case "masked_lm":
+            return tokenise_masked(
+                documents,
+                tokenizer,
+                length,
+                pack=options.pack,
+                masked_fraction=options.masked_fraction,
+                seed=options.seed,
+                tokenizer_hash=tokenizer_hash,
+                progress=progress,
+            )
+        case "sequence_classification":
+            return tokenise_classification(
+                documents,
+                tokenizer,
+                length,
+                label_names,
+                tokenizer_hash=tokenizer_hash,
+                progress=progress,
+            )
 
 
 def _within_budget(examples: Examples, budget: int | None, seed: int, name: str) -> Examples:

@@ -12,6 +12,7 @@ from torch import Tensor
 from stillroom.data.conversations import NO_LOSS, encode_conversation
 from stillroom.data.documents import Document, number_groups
 from stillroom.data.examples import Examples
+from stillroom.data.masking import mask_rows, mask_token, special_tokens
 from stillroom.errors import DataError
 from stillroom.progress import Progress, silent
 
@@ -53,7 +54,7 @@ def tokenise_causal(
     if tokenizer.eos_token_id is None:
         raise DataError(
             "a tokenizer with an end-of-text token expected for a language model: this one has "
-            "none; use a decoder's tokenizer, or the task sequence_classification"
+            "none; use a decoder's tokenizer, or the task masked_lm or sequence_classification"
         )
     encoded = list(_encode(documents, tokenizer, progress))
     owners = number_groups(documents)
@@ -72,6 +73,54 @@ def tokenise_causal(
             f"{sequence_length} tokens reaches an answer; raise sequence_length"
         )
     examples = Examples(ids, mask, labels, rows_of, tokenizer_hash).take(learned)
+    return Tokenised(examples, truncated, int((~learned).sum()))
+
+
+def tokenise_masked(
+    documents: list[Document],
+    tokenizer: Any,
+    sequence_length: int,
+    *,
+    pack: bool,
+    masked_fraction: float,
+    seed: int,
+    tokenizer_hash: str,
+    progress: Progress = silent,
+) -> Tokenised:
+    """Return the rows of a masked language model, with words hidden by `mask_rows`.
+
+    Each row is closed by the tokenizer's special tokens, which count in `sequence_length`. `pack`
+    joins all documents, what closes a row between them, and cuts rows of that length; without it a
+    row is a document, cut at that length, padded on the right.
+
+    Raises:
+        DataError: the tokenizer has no mask token, the text does not fill one row, or no row holds
+            a word that could be hidden.
+    """
+    mask_token(tokenizer)  # refused before the texts are tokenised, not after
+    before, after = (np.array(part, dtype=np.int64) for part in special_tokens(tokenizer))
+    inside = sequence_length - len(before) - len(after)
+    texts = list(_plain(documents, tokenizer, progress))
+    owners = number_groups(documents)
+    if pack:
+        closed = [np.concatenate([text, after]) for text in texts]
+        body, _, _, rows_of = _pack([(text, text) for text in closed], owners, inside)
+        ids = torch.cat([_column(before, len(body)), body, _column(after, len(body))], dim=1)
+        mask = torch.ones_like(ids)
+        truncated = sum(len(text) for text in closed) - body.numel()
+    else:
+        whole = [np.concatenate([before, text[:inside], after]) for text in texts]
+        rows = [(row, row) for row in whole]
+        ids, mask, _, rows_of = _pad(rows, owners, sequence_length, _padding(tokenizer))
+        truncated = sum(max(0, len(text) - inside) for text in texts)
+    ids, labels = mask_rows(ids, mask, tokenizer, masked_fraction, seed)
+    learned = (labels != NO_LOSS).any(dim=1)  # (rows,)
+    if not learned.any():
+        raise DataError(
+            f"rows with a word to hide expected: {len(learned)} rows hold special tokens alone; "
+            "give text in the words of the tokenizer"
+        )
+    examples = Examples(ids, mask, labels, rows_of, tokenizer_hash, masked=True).take(learned)
     return Tokenised(examples, truncated, int((~learned).sum()))
 
 
@@ -112,6 +161,19 @@ def tokenise_classification(
     labels = torch.tensor([positions[d.label] for d in documents if d.label is not None])
     examples = Examples(ids, mask, labels, rows_of, tokenizer_hash, label_names)
     return Tokenised(examples, total - examples.tokens, 0)
+
+
+def _plain(documents: list[Document], tokenizer: Any, progress: Progress) -> Iterator[Ids]:
+    """Yield the token ids of each document, without special tokens around them."""
+    for start in range(0, len(documents), BATCH_DOCUMENTS):
+        texts = [document.content for document in documents[start : start + BATCH_DOCUMENTS]]
+        for tokens in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+            yield np.array(tokens, dtype=np.int64)
+        progress(start + len(texts), len(documents), "documents")
+
+
+def _column(tokens: Ids, rows: int) -> Tensor:
+    return torch.from_numpy(tokens).expand(rows, len(tokens))
 
 
 def _encode(

@@ -67,7 +67,7 @@ def _asking(teacher: nn.Module) -> Iterator[None]:
 
 def _ask(teacher: nn.Module, examples: Examples, *, hidden: bool) -> _Outputs:
     device = input_device(teacher)
-    further = {} if examples.label_names else {"use_cache": False}
+    further = {} if examples.label_names or examples.masked else {"use_cache": False}
     if hidden:
         further["output_hidden_states"] = True
     asked = examples.without_shared_padding()

@@ -60,10 +60,10 @@ class Quality:
     """How good a model is on some text, as sums per document.
 
     The entries of every tuple belong to `documents`, in ascending order. A prediction is a token
-    (causal_lm) or a row (sequence_classification).
+    (causal_lm), a hidden word (masked_lm) or a row (sequence_classification).
     """
 
-    task: Literal["causal_lm", "sequence_classification"]
+    task: Literal["causal_lm", "masked_lm", "sequence_classification"]
     documents: tuple[int, ...]
     counts: tuple[int, ...]
     """Predictions."""
@@ -78,13 +78,14 @@ class Quality:
 
     @property
     def predictions(self) -> int:
-        """Count the tokens (or rows) that were predicted."""
+        """Count the tokens, hidden words or rows that were predicted."""
         return sum(self.counts)
 
     def estimate(self, metric: Metric) -> Estimate:
         """Return the mean of `metric` per prediction, its standard error clustered by document.
 
-        "perplexity" is exp(mean nats), with the standard error of the delta method.
+        "perplexity" is exp(mean nats), with the standard error of the delta method; of hidden
+        words it is a pseudo-perplexity, no text's probability.
         """
         value, influence = self._linearised(metric)
         return Estimate(value, _clustered_error(influence), len(self.documents))

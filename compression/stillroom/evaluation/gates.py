@@ -100,7 +100,8 @@ def _quality_gates(figures: GateFigures, bounds: GateBounds) -> Iterator[GateRes
     candidate, teacher = figures.candidate, figures.teacher
     if bounds.max_perplexity_ratio is not None:
         ratio = None if teacher is None else paired_ratio(candidate, teacher, "perplexity")
-        label = "perplexity over the teacher's"
+        name = "pseudo-perplexity" if candidate.task == "masked_lm" else "perplexity"
+        label = f"{name} over the teacher's"
         yield _at_most("perplexity", ratio, bounds.max_perplexity_ratio, label)
     if bounds.max_kl_nats is not None:
         kl = candidate.estimate("kl_nats")

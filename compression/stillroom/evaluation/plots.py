@@ -31,7 +31,8 @@ def size_quality_plot(rows: Sequence[ModelRow]) -> str:
         return ""
     figure, axes = _figure(len(panels), height=3.6)
     for axis, (name, members) in zip(axes, panels, strict=True):
-        metric = "perplexity" if members[0].quality.task == "causal_lm" else "accuracy"
+        task = members[0].quality.task
+        metric = "accuracy" if task == "sequence_classification" else "perplexity"
         estimates = [row.quality.estimate(metric) for row in members]  # type: ignore[arg-type]
         scale = 1 if metric == "perplexity" else 100
         x = [row.cost.size_on_disk_bytes / MEGABYTE for row in members if row.cost]
@@ -47,7 +48,8 @@ def size_quality_plot(rows: Sequence[ModelRow]) -> str:
         _label_points(axis, x, y, [row.name for row in members])
         axis.set_title(name, loc="left", parse_math=False, color=INK)
         axis.set_xlabel("on disk (MB)")
-        axis.set_ylabel("perplexity (lower is better)" if scale == 1 else "accuracy (%)")
+        named = "pseudo-perplexity" if task == "masked_lm" else "perplexity"
+        axis.set_ylabel(f"{named} (lower is better)" if scale == 1 else "accuracy (%)")
     return _svg(figure, "size-quality")
 
 

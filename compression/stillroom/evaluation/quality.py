@@ -108,7 +108,7 @@ def evaluating(modules: list[PreTrainedModel]) -> Iterator[None]:
 
 
 def predict(model: PreTrainedModel, batch: Examples) -> Tensor:
-    """Return the logits: (rows, length, vocab) of a causal LM, (rows, labels) of a classifier."""
+    """Return logits: (rows, length, vocab) of a language model, (rows, labels) of a classifier."""
     device = input_device(model)
     output = model(
         input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device)
@@ -141,6 +141,10 @@ class _Targets:
     def of(batch: Examples, task: Task) -> "_Targets":
         if task == "sequence_classification":
             return _Targets((torch.arange(len(batch)),), batch.labels, batch.documents)
+        if task == "masked_lm":
+            rows, positions = (batch.labels != -100).nonzero(as_tuple=True)  # each (predictions,)
+            labels = batch.labels[rows, positions]
+            return _Targets((rows, positions), labels, batch.documents[rows])
         # Position t−1 predicts token t, unless t−1 is padding and has seen nothing.
         wanted = (batch.labels[:, 1:] != -100) & (batch.attention_mask[:, :-1] == 1)
         rows, positions = wanted.nonzero(as_tuple=True)  # each (predictions,)

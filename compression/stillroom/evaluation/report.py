@@ -114,9 +114,10 @@ def _cards(data: ReportData) -> list[_Card]:
 
 
 def _quality_card(first: ModelRow, last: ModelRow) -> _Card:
-    if first.quality.task == "causal_lm":
+    if first.quality.task != "sequence_classification":
         before, after = (row.quality.estimate("perplexity") for row in (first, last))
-        return _Card("Perplexity", format_estimate(after).text(), f"{first.name}: {_short(before)}")
+        label = "Perplexity" if first.quality.task == "causal_lm" else "Pseudo-perplexity"
+        return _Card(label, format_estimate(after).text(), f"{first.name}: {_short(before)}")
     before, after = (row.quality.estimate("accuracy") for row in (first, last))
     value = f"{format_estimate(after, 100).text()} %"
     return _Card("Accuracy", value, f"{first.name}: {format_estimate(before, 100).value} %")

@@ -1,7 +1,7 @@
 """Lay out the main table: once, for the page, the terminal and Prefect."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 from stillroom.evaluation.estimates import Estimate
@@ -113,15 +113,15 @@ def format_count(count: int) -> str:
 
 
 def _columns(data: ReportData) -> list[tuple[str, str, Callable[[ModelRow], Cell]]]:
-    encoder = any(row.quality.task == "sequence_classification" for row in data.rows)
-    speed_unit = "sequences/s" if encoder else "tokens/s"
+    tasks = {row.quality.task for row in data.rows}
+    speed_unit = "tokens/s" if tasks <= {"causal_lm"} else "sequences/s"
     return [
         ("Model", "", lambda row: Cell(row.name)),
         ("Text", "", lambda row: Cell(row.data_name)),
         ("Parameters", "", _parameters),
         ("On disk", "MB", lambda row: _megabytes(row, "size_on_disk_bytes")),
         ("In memory", "MB", lambda row: _megabytes(row, "memory_bytes")),
-        ("Accuracy", "%", _accuracy) if encoder else ("Perplexity", "", _perplexity),
+        *_quality_columns(tasks),
         ("KL to teacher", "nats", lambda row: format_estimate(row.quality.estimate("kl_nats"))),
         ("Agreement", "%", _agreement),
         ("Prefill", speed_unit, _prefill),
@@ -129,6 +129,14 @@ def _columns(data: ReportData) -> list[tuple[str, str, Callable[[ModelRow], Cell
         ("Loss added", "nats", lambda row: format_estimate(row.loss.nats) if row.loss else EMPTY),
         ("Share", "% of loss", _share),
     ]
+
+
+def _quality_columns(tasks: Set[str]) -> list[tuple[str, str, Callable[[ModelRow], Cell]]]:
+    if "sequence_classification" in tasks:
+        return [("Accuracy", "%", _accuracy)]
+    if "masked_lm" in tasks:
+        return [("Pseudo-perplexity", "", _perplexity), ("Accuracy", "%", _accuracy)]
+    return [("Perplexity", "", _perplexity)]
 
 
 def _parameters(row: ModelRow) -> Cell:

@@ -16,15 +16,17 @@ class Batch:
     """Rows of one forward pass, on the model's device.
 
     `rows` (batch,) are their numbers in the examples, on the CPU; `input_ids` and
-    `attention_mask` are (batch, length); `labels` is (batch, length) for a causal language model,
-    not shifted, or (batch,) for classification; -100 is no label. `length` is that of the longest
-    row, up to seven more: other columns that are padding in all rows are not there.
+    `attention_mask` are (batch, length); `labels` is (batch, length) for a language model, not
+    shifted, or (batch,) for classification; -100 is no label. `masked` says that the rows are a
+    masked language model's. `length` is that of the longest row, up to seven more: other columns
+    that are padding in all rows are not there.
     """
 
     rows: Tensor
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    masked: bool = False
 
     @classmethod
     def of(cls, examples: Examples, rows: Tensor, device: torch.device) -> "Batch":
@@ -35,6 +37,7 @@ class Batch:
             taken.input_ids.to(device),
             taken.attention_mask.to(device),
             taken.labels.to(device),
+            taken.masked,
         )
 
     @property
@@ -44,12 +47,12 @@ class Batch:
 
     @property
     def is_causal(self) -> bool:
-        """Whether each position predicts the next token, rather than each row its class."""
-        return self.labels.dim() == 2
+        """Whether each position predicts the next token, not its own or the row's class."""
+        return self.labels.dim() == 2 and not self.masked
 
     @property
     def predictions(self) -> int:
-        """The number of labels that a loss is taken at; the first token of a row is not one."""
+        """The number of labels that a loss is taken at; a causal row's first token is not one."""
         labels = self.labels[:, 1:] if self.is_causal else self.labels
         return int((labels != -100).sum())
 

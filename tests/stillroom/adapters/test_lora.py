@@ -22,22 +22,28 @@ from stillroom.checkpoint import FolderCheckpoints
 from stillroom.errors import MismatchError, NotFiniteError, RecipeError, SourceError
 from stillroom.training.options import TrainingOptions
 from tests.stillroom.adapters.quantized import quantize_blocks
-from tests.stillroom.rows import labelled_rows, token_rows
-from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
+from tests.stillroom.rows import labelled_rows, masked_rows, token_rows
+from tests.stillroom.tiny import tiny_bert_classifier, tiny_bert_masked, tiny_llama
 from tests.stillroom.tiny_decoders import tiny_gpt2
 
 MODELS = {
     "llama": tiny_llama,
     "gpt2": tiny_gpt2,
     "bert": tiny_bert_classifier,
+    "masked": tiny_bert_masked,
     "quantized": lambda: quantize_blocks(tiny_llama()),
 }
+TASKS = dict.fromkeys(MODELS, "causal_lm") | {
+    "bert": "sequence_classification",
+    "masked": "masked_lm",
+}
+ROWS = {"bert": labelled_rows, "masked": lambda: masked_rows(vocab=8)}
 OPTIONS = LoraOptions(rank=2, alpha=8.0)
 TRAINING = TrainingOptions(steps=8, batch_rows=2, learning_rate=2e-2, checkpoint_every_steps=3)
 
 
 def rows(kind):
-    return labelled_rows() if kind == "bert" else token_rows()
+    return ROWS.get(kind, token_rows)()
 
 
 def logits(model, kind="llama"):
@@ -62,7 +68,7 @@ def disturb(adapted):
 @pytest.mark.parametrize("kind", MODELS)
 def test_fresh_adapter_changes_nothing(kind):
     expected = logits(MODELS[kind](), kind)
-    adapted = add_lora(MODELS[kind](), OPTIONS, classifier=kind == "bert")
+    adapted = add_lora(MODELS[kind](), OPTIONS, task=TASKS[kind])
     assert torch.equal(logits(adapted.eval(), kind), expected)
 
 
@@ -82,10 +88,10 @@ def test_training_changes_the_adapter_alone(kind):
 
 
 @settings(deadline=None, max_examples=8)
-@given(st.sampled_from(["llama", "gpt2", "bert"]), st.integers(1, 8), st.floats(0.5, 32))
+@given(st.sampled_from(["llama", "gpt2", "bert", "masked"]), st.integers(1, 8), st.floats(0.5, 32))
 def test_merged_equals_unmerged(kind, rank, alpha):
     options = LoraOptions(rank=rank, alpha=alpha)
-    adapted = add_lora(MODELS[kind](), options, classifier=kind == "bert").eval()
+    adapted = add_lora(MODELS[kind](), options, task=TASKS[kind]).eval()
     disturb(adapted)
     for parameter in adapted.parameters():
         parameter.data = parameter.data.double()
@@ -207,7 +213,7 @@ def test_every_linear_in_the_blocks_is_adapted_and_none_outside(kind):
     prefix, blocks = find_blocks(tiny_llama() if kind == "quantized" else model)
     dense = find_blocks(tiny_llama())[1] if kind == "quantized" else blocks
     expected = {f"{prefix}.{i}.{name}" for i, b in enumerate(dense) for name in find_linears(b)}
-    adapted = add_lora(copy.deepcopy(model), OPTIONS, classifier=kind == "bert")
+    adapted = add_lora(copy.deepcopy(model), OPTIONS, task=TASKS[kind])
     found = {
         name.removeprefix("base_model.model.")
         for name, module in adapted.named_modules()

@@ -10,8 +10,9 @@ from stillroom.distillation.teacher_cache import CacheOptions, capture
 from stillroom.errors import MismatchError, RecipeError
 from stillroom.fine_tuning import fine_tune, measure
 from stillroom.training.options import TrainingOptions
-from tests.stillroom.rows import TOKENIZER, labelled_rows, token_rows
+from tests.stillroom.rows import TOKENIZER, labelled_rows, masked_rows, token_rows
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
+from tests.stillroom.tiny_masked import MASKED
 
 TRAINING = TrainingOptions(
     steps=30, batch_rows=4, learning_rate=5e-3, checkpoint_every_steps=4, evaluate_every_steps=15
@@ -90,6 +91,64 @@ def test_student_comes_closer_to_the_teacher(tmp_path, kind, temperature):
     assert list(history.figures) == ["kl_nats"]
     assert history.evaluation_steps == [15, 30]
     assert set(history.evaluations) == {"held_out_cross_entropy_nats", "held_out_accuracy"}
+
+
+def kl_of_hidden_words(teacher, student, examples):
+    """Return the mean KL at the hidden words, one position after the other."""
+    nats = []
+    for row in range(len(examples)):
+        ids = examples.input_ids[row : row + 1]
+        mask = examples.attention_mask[row : row + 1]
+        with torch.no_grad():
+            p, q = (m(input_ids=ids, attention_mask=mask).logits[0] for m in (teacher, student))
+        for position in (examples.labels[row] != -100).nonzero()[:, 0].tolist():
+            share = p[position].softmax(-1)
+            nats.append(float((share * (share.log() - q[position].log_softmax(-1))).sum()))
+    return sum(nats) / len(nats)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "dense"])
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_student_comes_closer_to_the_teacher(tmp_path, kind, name):
+    teacher, examples = MASKED[name](), masked_rows(240, padding=3)
+    fresh = masked_rows(10, seed=1, padding=3)
+    cache = cached(tmp_path / "train", teacher, examples, kind=kind)
+    held_out = Taught(fresh, cached(tmp_path / "held out", teacher, fresh, kind="dense"))
+    student = initialise_student(teacher, (0, 3))
+    before = kl_of_hidden_words(teacher, student, fresh)
+    training = replace(TRAINING, batch_rows=8, learning_rate=3e-3)
+    options = replace(OPTIONS, training=training)
+    history = distill(student, Taught(examples, cache), options, evaluation=held_out)
+    after = kl_of_hidden_words(teacher, student, fresh)
+    assert after < 0.9 * before
+    assert history.evaluations["held_out_kl_nats"][-1] == pytest.approx(after, rel=1e-4)
+
+
+def test_masked_loss_is_taken_at_the_hidden_words_alone(tmp_path):
+    teacher, examples = MASKED["masked bert"](), masked_rows(6, padding=2)
+    cache = cached(tmp_path, teacher, examples, kind="dense", temperature=2.0, hidden_states="last")
+    student = initialise_student(teacher, (0,))
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    still = replace(TRAINING, steps=1, batch_rows=6, learning_rate=1e-30, weight_decay=0.0)
+    options = DistillationOptions(
+        still, soft_weight=5.0, hard_weight=2.0, temperature=2.0, cosine_weight=1.0
+    )
+    history = distill(student, Taught(examples, cache), options)
+    arguments = {"input_ids": examples.input_ids, "attention_mask": examples.attention_mask}
+    with torch.no_grad():
+        ours, theirs = (m(**arguments, output_hidden_states=True) for m in (student, teacher))
+    hidden, real = examples.labels != -100, examples.attention_mask == 1
+    q, p = (each.logits[hidden] for each in (ours, theirs))
+    share = (p / 2).softmax(-1)
+    kl = (share * (share.log() - (q / 2).log_softmax(-1))).sum(-1).mean()
+    hard = -q.log_softmax(-1)[torch.arange(len(q)), examples.labels[hidden]].mean()
+    last = [each.hidden_states[-1][real] for each in (ours, theirs)]
+    cosine = 1 - torch.nn.functional.cosine_similarity(*last).mean()
+    expected = 5 * 4 * kl + 2 * hard + cosine
+    assert history.loss[0] == pytest.approx(expected.item(), rel=1e-3)
+    assert history.figures["cross_entropy_nats"][0] == pytest.approx(hard.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("divergence", ["cross_entropy", "reverse_kl", "jensen_shannon"])

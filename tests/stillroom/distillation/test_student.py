@@ -7,14 +7,17 @@ from transformers import AutoModelForCausalLM
 from stillroom.blocks import find_blocks
 from stillroom.distillation.student import choose_layers, initialise_student, load_student
 from stillroom.errors import RecipeError
+from stillroom.models import load_model, save_model
 from stillroom.streamed import open_streamed
 from tests.stillroom.rows import token_rows
-from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
+from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama, tiny_masked_tokenizer
 from tests.stillroom.tiny_decoders import tiny_gpt2, tiny_qwen2
+from tests.stillroom.tiny_masked import MASKED
 from tests.stillroom.tiny_mixtures import tiny_qwen3_moe, tiny_switch
 
 DECODERS = {"llama": lambda: tiny_llama(layers=4), "gpt2": tiny_gpt2, "qwen2": tiny_qwen2}
-MODELS = DECODERS | {"bert": lambda: tiny_bert_classifier(layers=4)}
+MODELS = DECODERS | {"bert": lambda: tiny_bert_classifier(layers=4)} | MASKED
+TASKS = {"bert": "sequence_classification"} | dict.fromkeys(MASKED, "masked_lm")
 
 
 def logits(model):
@@ -57,8 +60,7 @@ def test_student_with_all_layers_is_the_teacher(kind):
 def test_a_student_that_is_read_from_disk_is_the_one_that_is_copied(kind, tmp_path):
     teacher = MODELS[kind]()
     teacher.save_pretrained(tmp_path)
-    task = "sequence_classification" if kind == "bert" else "causal_lm"
-    model, blocks = open_streamed(tmp_path, task=task)
+    model, blocks = open_streamed(tmp_path, task=TASKS.get(kind, "causal_lm"))
     name = find_blocks(model)[0]
     left_out = model.get_submodule(f"{name}.1")
     student, copied = load_student(model, blocks, (0, 3)), initialise_student(teacher, (0, 3))
@@ -71,6 +73,27 @@ def test_a_student_that_is_read_from_disk_is_the_one_that_is_copied(kind, tmp_pa
     assert student.config.to_dict() | {"_name_or_path": ""} == copied.config.to_dict() | {
         "_name_or_path": ""
     }
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_a_masked_student_keeps_the_head_and_its_tie(kind, tmp_path):
+    teacher = MASKED[kind]()
+    student = initialise_student(teacher, (1, 3))
+    assert type(student) is type(teacher)
+    head, words = student.get_output_embeddings(), student.get_input_embeddings()
+    assert head.weight is words.weight
+    of_head = {
+        name: value
+        for name, value in teacher.state_dict().items()
+        if not name.startswith(f"{teacher.base_model_prefix}.")
+    }
+    assert len(of_head) > 3
+    ours = student.state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in of_head.items())
+    save_model(student, tiny_masked_tokenizer(), tmp_path)
+    loaded = load_model(tmp_path, task="masked_lm")
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert torch.equal(logits(loaded), logits(student))
 
 
 @pytest.mark.parametrize(

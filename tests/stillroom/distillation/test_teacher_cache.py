@@ -390,7 +390,7 @@ def test_masked_language_model_is_kept_position_by_position(tmp_path):
     teacher, examples = tiny_bert_masked(), token_rows(3, padding=2)
     labels = torch.full_like(examples.labels, -100)
     labels[:, 4] = examples.input_ids[:, 4]
-    masked = replace(examples, labels=labels)
+    masked = replace(examples, labels=labels, masked=True)
     options = replace(OPTIONS, kind="top_k", head=VOCAB)
     cache = capture(teacher, masked, tmp_path, options, tokenizer_hash=TOKENIZER)
     with torch.no_grad():

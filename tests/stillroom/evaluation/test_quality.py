@@ -9,7 +9,7 @@ from stillroom.data.examples import Examples
 from stillroom.errors import DataError, MismatchError, NotFiniteError
 from stillroom.evaluation import quality as module
 from stillroom.evaluation.quality import measure_qualities, measure_quality
-from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
+from tests.stillroom.tiny import tiny_bert_classifier, tiny_bert_masked, tiny_llama
 
 # peft asks transformers for a property that is about to be renamed.
 peft_warns = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -38,6 +38,14 @@ def sentences(seed: int = 0) -> Examples:
     return Examples(ids, mask, labels, torch.arange(7) // 2, "hash", ("a", "b", "c"))
 
 
+def cloze() -> Examples:
+    """Return `text` with every third word hidden, its first ones too."""
+    plain = text()
+    hidden = (torch.arange(12) % 3 == 0) & (plain.attention_mask == 1)
+    ids, labels = plain.input_ids.masked_fill(hidden, 3), plain.input_ids.masked_fill(~hidden, -100)
+    return Examples(ids, plain.attention_mask, labels, plain.documents, "hash", masked=True)
+
+
 @torch.no_grad()
 def slow(model, teacher, examples):
     """Return {document: [count, nats, kl, agreed, correct]}, one position at a time."""
@@ -48,6 +56,12 @@ def slow(model, teacher, examples):
         theirs = teacher(input_ids=ids, attention_mask=mask).logits[0].double()
         if examples.label_names:
             pairs = [(ours, theirs, int(examples.labels[row]))]
+        elif examples.masked:
+            pairs = [
+                (ours[t], theirs[t], int(examples.labels[row, t]))
+                for t in range(ids.shape[1])
+                if examples.labels[row, t] != -100
+            ]
         else:
             pairs = [
                 (ours[t - 1], theirs[t - 1], int(examples.labels[row, t]))
@@ -70,6 +84,7 @@ def slow(model, teacher, examples):
     [
         (tiny_llama, text(), "causal_lm"),
         (tiny_bert_classifier, sentences(), "sequence_classification"),
+        (tiny_bert_masked, cloze(), "masked_lm"),
     ],
 )
 def test_sums_equal_the_slow_reference(make, examples, task):

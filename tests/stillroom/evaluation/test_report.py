@@ -189,6 +189,22 @@ def test_an_encoder_shows_accuracy(data, tmp_path):
     render_report(encoder, tmp_path / "report.html")
 
 
+def test_a_masked_model_shows_pseudo_perplexity_and_accuracy(tmp_path):
+    quality = replace(measured(), task="masked_lm")
+    cost = replace(COST, decode_tokens_per_second=None, prefill_unit="sequences/s")
+    rows = tuple(ModelRow(name, "docs", quality, cost) for name in ("teacher", "student"))
+    masked = ReportData("masked", "today", rows)
+    header = render_table(masked).splitlines()[0]
+    assert "Pseudo-perplexity" in header
+    assert "Accuracy" in header
+    assert "Decode" not in header
+    assert "sequences/s" in render_table(masked)
+    render_report(masked, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "pseudo-perplexity (lower is better)" in page
+    assert '<span class="label">Pseudo-perplexity</span>' in page
+
+
 def test_names_in_any_script_render(tmp_path):
     rows = (ModelRow("蒸留モデル", "文書", measured(), COST),)
     render_report(ReportData("題", "today", rows), tmp_path / "report.html")

@@ -23,6 +23,7 @@ ENCODER = {key: SMALL[key] for key in SMALL if key not in ("num_key_value_heads"
 EXPERTS = SMALL | {"num_experts_per_tok": 2}
 
 # name: (task, class of the config, its values)
+DISTILBERT = {"vocab_size": 64, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
 MODELS = {
     "llama": ("causal_lm", tf.LlamaConfig, SMALL),
     "mistral": ("causal_lm", tf.MistralConfig, SMALL),
@@ -47,11 +48,10 @@ MODELS = {
     "phi": ("causal_lm", tf.PhiConfig, ENCODER),
     "bert": ("sequence_classification", tf.BertConfig, ENCODER),
     "roberta": ("sequence_classification", tf.RobertaConfig, ENCODER),
-    "distilbert": (
-        "sequence_classification",
-        tf.DistilBertConfig,
-        {"vocab_size": 64, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4},
-    ),
+    "distilbert": ("sequence_classification", tf.DistilBertConfig, DISTILBERT),
+    "masked bert": ("masked_lm", tf.BertConfig, ENCODER),
+    "masked roberta": ("masked_lm", tf.RobertaConfig, ENCODER),
+    "masked distilbert": ("masked_lm", tf.DistilBertConfig, DISTILBERT),
     "t5": (
         "seq2seq_lm",
         tf.T5Config,
@@ -69,6 +69,7 @@ MODELS = {
 }  # fmt: skip
 CLASSES = {
     "causal_lm": tf.AutoModelForCausalLM,
+    "masked_lm": tf.AutoModelForMaskedLM,
     "sequence_classification": tf.AutoModelForSequenceClassification,
     "seq2seq_lm": tf.AutoModelForSeq2SeqLM,
 }

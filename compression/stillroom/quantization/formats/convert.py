@@ -121,6 +121,8 @@ def load_export(target: Path, task: Task) -> PreTrainedModel:
 def task_of(architectures: list[str] | None) -> Task:
     """Return the task of a model by the class that its config.json names."""
     name = (architectures or [""])[0]
+    if name.endswith("ForMaskedLM"):
+        return "masked_lm"
     return "sequence_classification" if name.endswith("Classification") else "causal_lm"
 
 

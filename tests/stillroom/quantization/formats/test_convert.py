@@ -32,6 +32,12 @@ def saved(folder, kind="llama", bits=4, group_size=32, symmetric=False, skip=())
     return model
 
 
+def test_the_task_is_read_off_the_class():
+    assert task_of(["BertForMaskedLM"]) == "masked_lm"
+    assert task_of(["BertForSequenceClassification"]) == "sequence_classification"
+    assert task_of(["LlamaForCausalLM"]) == task_of(None) == "causal_lm"
+
+
 def weight(seed, bits, low=1):
     generator = torch.Generator().manual_seed(seed)
 

@@ -12,7 +12,7 @@ from stillroom.quantization.linear import QuantizedLinear
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sequential import quantize_model
 from tests.stillroom.quantization.test_sequential import MODELS, logits, rows
-from tests.stillroom.tiny import tiny_llama, tiny_tokenizer
+from tests.stillroom.tiny import tiny_bert_masked, tiny_llama, tiny_tokenizer
 
 TASKS = {"llama": "causal_lm", "gpt2": "causal_lm", "bert": "sequence_classification"}
 
@@ -151,6 +151,25 @@ def test_how_a_model_generates_is_kept(tmp_path):
     result = quantize_model(model, rows(), QuantizationOptions(4, 16))
     save_quantized(model, None, result, tmp_path)
     assert load_quantized(tmp_path).generation_config.eos_token_id == [2, 7]
+
+
+@pytest.mark.parametrize("weights", ["packed", "dense"])
+@pytest.mark.parametrize("embedding_bits", [None, 8])
+def test_a_masked_model_keeps_its_head_dense(tmp_path, embedding_bits, weights):
+    model = tiny_bert_masked(hidden=64)
+    head = {name: value.clone() for name, value in model.state_dict().items() if "cls." in name}
+    options = QuantizationOptions(4, 32, embedding_bits=embedding_bits)
+    result = quantize_model(model, rows(), options)
+    save_quantized(model, tiny_tokenizer(), result, tmp_path)
+    assert result.layers
+    assert all(name.startswith("bert.encoder.layer.") for name in result.layers)
+    loaded = load_quantized(tmp_path, task="masked_lm", weights=weights)
+    kept = loaded.state_dict()
+    for name in ("bias", "transform.dense.weight", "transform.LayerNorm.weight"):
+        assert torch.equal(kept[f"cls.predictions.{name}"], head[f"cls.predictions.{name}"])
+    expected, came = logits(model, rows()), logits(loaded, rows())
+    assert (came - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert check_folder(tmp_path, result, "masked_lm", "cpu").relative < 1e-5
 
 
 @pytest.mark.parametrize("weights", ["packed", "dense"])
