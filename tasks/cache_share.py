@@ -4,14 +4,11 @@ from pydantic import BaseModel, ConfigDict
 
 from stillroom.errors import StageError
 from stillroom.progress import Progress
-from tasks.cache_pool import share_capture
-from tasks.cache_worker import plan_capture
 from tasks.run_child import scratch_folder
 from tasks.settings import Settings
 from tasks.stages import Order
 from tasks.store.record import Record
 from tasks.store.store import open_store
-from tasks.work.bench import Bench
 
 
 class Share(BaseModel):
@@ -34,6 +31,11 @@ def work_share(share: Share, progress: Progress) -> None:
         StillroomError: what the work of the process raised, a store that cannot be read, or a
             process that was killed.
     """
+    # The flow that orders shares knows this module: it is to start without torch.
+    from tasks.cache_pool import share_capture
+    from tasks.cache_worker import plan_capture
+    from tasks.work.bench import Bench
+
     settings = Settings()
     store = open_store(settings.store_url)
     order = share.order
