@@ -15,7 +15,7 @@ PLOT = HERE / "distillation.png"
 # Of each measurement its heading, with its facts, and the columns of its table.
 TABLES: dict[str, tuple[str, dict[str, str]]] = {
     "targets": (
-        "## Words kept and words drawn, at 32 bytes a token",
+        "## Words kept and words drawn, at 34 bytes a token",
         {"head": "kept", "draws": "drawn", "squared_error": "squared error of the targets"},
     ),
     "caches": (
