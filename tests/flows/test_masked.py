@@ -90,11 +90,11 @@ def test_a_bare_encoder_becomes_a_small_masked_model(
     models["teacher"] = next(r for r in opened.records("model") if r.key == teacher_key)
     assert "training" in models["teacher"].section, "the head was trained first"
     teacher, final = (
-        load_model(opened.store.fetch(models[name], tmp_path / name), task="masked_lm")
+        load_model(opened.store.fetch(models[name], tmp_path / "fetched" / name), task="masked_lm")
         for name in ("teacher", "quantized")
     )
     (dataset,) = opened.records("dataset")
-    rows = load_prepared(opened.store.fetch(dataset, tmp_path / "rows")).evaluation
+    rows = load_prepared(opened.store.fetch(dataset, tmp_path / "fetched" / "rows")).evaluation
     expected = measure_quality(final, teacher, rows, task="masked_lm")
     quality = road[-1]["quality"]
     assert sum(quality["counts"]) == int((rows.labels != -100).sum())
