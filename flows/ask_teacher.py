@@ -9,14 +9,13 @@ import os
 import time
 import uuid
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 from prefect import flow, get_client, get_run_logger, task
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelling, Completed, Failed
+from prefect.states import Cancelled, Cancelling, Completed, Failed
 
 from stillroom.config import Recipe
 from stillroom.errors import RecipeError, StageError
@@ -135,8 +134,10 @@ def _cancel(runs: list[FlowRun]) -> None:
         for run in runs:
             state = client.read_flow_run(run.id).state
             if state is None or not state.is_final():
-                with suppress(ObjectNotFound):
-                    client.set_flow_run_state(run.id, Cancelling(), force=True)
+                # What no worker has begun, none will end.
+                begun = state is not None and not state.is_scheduled()
+                ended: State[Any] = Cancelling() if begun else Cancelled()
+                client.set_flow_run_state(run.id, ended, force=True)
 
 
 def _over_ray(share: Share, workers: int) -> None:

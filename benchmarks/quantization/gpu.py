@@ -227,7 +227,7 @@ def measure_gpu(path: Path | None = None) -> None:
     for inputs, outputs in SOLVED:
         solved[f"{inputs} x {outputs}"] = found = solve_seconds(inputs, outputs)
         print(f"GPTQ of a layer of {inputs} x {outputs}, seconds: {found}", flush=True)
-    claims = _claims(layers, models)
+    claims = _claims(layers)
     print_claims(claims)
     circumstances = {"gpu": name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
     rows = [asdict(row) for row in layers]
@@ -235,7 +235,7 @@ def measure_gpu(path: Path | None = None) -> None:
     write_measure(where, claims, **circumstances, layers=rows, models=models, solved=solved)
 
 
-def _claims(layers: list[Decoded], models: dict[str, dict[str, float]]) -> list[Claim]:
+def _claims(layers: list[Decoded]) -> list[Claim]:
     claims = []
     for bits in (4, 3):
         (row,) = (r for r in layers if (r.bits, r.group_size, r.tokens) == (bits, GROUP_SIZE, 1))

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-RUN = 32
-"""Columns in registers: `columns.RUN`."""
+from stillroom.quantization.columns import RUN
+
 WIDTH = 32
 """Rows of the weight that a warp takes: one a thread."""
 SIZES = ["block", "out", "version_stride", "column_stride"]

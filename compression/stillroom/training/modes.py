@@ -36,7 +36,7 @@ def recomputing(model: nn.Module, *, wanted: bool) -> Iterator[None]:
             "set it to false, or take fewer batch_rows"
         )
     able = cast(Any, model)
-    # transformers called it gradient checkpointing until 5.18 or so.
+    # transformers 5.17 calls it gradient checkpointing, 5.23 both.
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(able, f"{kind}_checkpointing_enable")()
     try:

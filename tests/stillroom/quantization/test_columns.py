@@ -1,10 +1,6 @@
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +8,8 @@ import torch
 from stillroom.quantization.columns import descend_columns, round_columns
 from stillroom.quantization.gptq import find_grids, find_grids_at_once
 from stillroom.quantization.options import QuantizationOptions
+from tests.stillroom.quantization.interpreter import interpreted
 
-ROOT = Path(__file__).parents[3]
 TOP = 15
 BLOCKS = ((1, 128, 50), (3, 100, 33), (2, 32, 7), (1, 40, 70))  # versions, block, out
 STEPS = ((32, 70), (17, 5))  # block, out
@@ -83,23 +79,7 @@ def check(rounded, descended):
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="CUDA builds of torch bring triton")
 def test_in_the_interpreter_triton_rounds_as_torch_does():
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "compression"), str(ROOT), *sys.path]),
-    }
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.stillroom.quantization.test_columns"],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "only 0-dimensional arrays can be converted" in run.stderr:
-        pytest.skip("the interpreter of this Triton (3.6) does not work with NumPy 2.4")
-    assert run.returncode == 0, run.stderr
-    check(*json.loads(run.stdout))
+    check(*interpreted("tests.stillroom.quantization.test_columns"))
 
 
 @pytest.mark.gpu

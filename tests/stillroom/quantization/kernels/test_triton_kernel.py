@@ -1,11 +1,7 @@
-import json
-import os
 import random
 import re
-import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +13,8 @@ from stillroom.quantization.kernels.dequantization import PackedLinear
 from stillroom.quantization.kernels.report import output_difference
 from stillroom.quantization.linear import QuantizedLinear
 from stillroom.quantization.packing import PackedWeight
+from tests.stillroom.quantization.interpreter import interpreted
 
-ROOT = Path(__file__).parents[4]
 # Sums are float32; what is left in the others is the rounding of the outputs.
 TOLERANCES = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
 
@@ -30,23 +26,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 @needs_triton
 def test_in_the_interpreter_the_product_is_the_dense_one():
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "compression"), str(ROOT), *sys.path]),
-    }
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.stillroom.quantization.kernels.interpreted_triton"],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "only 0-dimensional arrays can be converted" in run.stderr:
-        pytest.skip("the interpreter of this Triton (3.6) does not work with NumPy 2.4")
-    assert run.returncode == 0, run.stderr
-    rows = json.loads(run.stdout)
+    rows = interpreted("tests.stillroom.quantization.kernels.interpreted_triton")
     assert {row["name"] for row in rows} == {f"triton-int{bits}" for bits in (2, 3, 4, 8)}
     for row in rows:
         assert row["shape"], row
