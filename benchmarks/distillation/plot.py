@@ -28,7 +28,7 @@ def _targets(axis: Any, rows: list[dict[str, Any]]) -> None:
     labels = [f"{row['head']} + {row['draws']}" for row in rows]
     axis.plot(labels, [row["squared_error"] for row in rows], "o-")
     axis.set_ylim(bottom=0)
-    axis.set_xlabel("words kept + words drawn, 34 bytes a token")
+    axis.set_xlabel("words kept + words drawn, in the default's bytes")
     axis.set_ylabel("squared error of the targets")
 
 

@@ -15,8 +15,13 @@ PLOT = HERE / "distillation.png"
 # Of each measurement its heading, with its facts, and the columns of its table.
 TABLES: dict[str, tuple[str, dict[str, str]]] = {
     "targets": (
-        "## Words kept and words drawn, at 34 bytes a token",
-        {"head": "kept", "draws": "drawn", "squared_error": "squared error of the targets"},
+        "## Words kept and words drawn, in at most {bytes} bytes a token",
+        {
+            "head": "kept",
+            "draws": "drawn",
+            "bytes_per_token": "bytes a token",
+            "squared_error": "squared error of the targets",
+        },
     ),
     "caches": (
         "## What is kept of the teacher: students of {layers} layers",

@@ -1,4 +1,4 @@
-"""How many words to keep and how many to draw: the targets' spread at the same bytes a token."""
+"""How many words to keep and how many to draw: the targets' spread in as many bytes a token."""
 
 import torch
 
@@ -6,19 +6,23 @@ from benchmarks.claims import at_most, write_measure
 from benchmarks.distillation.places import measure_path
 from benchmarks.distillation.work import load_teacher, train_rows
 from benchmarks.text import text_source
+from stillroom.distillation.cache_files import sparse_bytes
 from stillroom.distillation.sampling import sparsify
 from stillroom.distillation.teacher_cache import CacheOptions
 
 ROWS = 16
 EVERY = 4  # positions of a row
 REPEATS = 16
-# A word that is kept takes four bytes, its id and its probability; one that is drawn its id, two.
-PAIRS = ((0, 17), (1, 15), (2, 13), (3, 11), (4, 9), (5, 7), (6, 5))
+HEADS = range(7)
 
 
 def measure_targets() -> None:
     """Compare the squared distance of the targets from the teacher's distribution, in the mean."""
-    spreads = dict.fromkeys(PAIRS, 0.0)
+    default = CacheOptions()
+    words: int = load_teacher().config.vocab_size
+    budget = sparse_bytes(default.head, default.draws, words)
+    pairs = pairs_within(budget, words)
+    spreads = dict.fromkeys(pairs, 0.0)
     count = 0
     generator = torch.Generator().manual_seed(0)
     for row in train_rows().input_ids[:ROWS]:
@@ -26,16 +30,34 @@ def measure_targets() -> None:
             logits = load_teacher()(input_ids=row[None], use_cache=False).logits[0, ::EVERY]
         probabilities = torch.softmax(logits, -1)
         count += len(probabilities)
-        for pair in PAIRS:
+        for pair in pairs:
             spreads[pair] += _spread(probabilities, *pair, generator)
-    default = CacheOptions()
     ours, least = spreads[default.head, default.draws], min(spreads.values())
     rows = [
-        {"head": head, "draws": draws, "squared_error": spread / count}
+        {
+            "head": head,
+            "draws": draws,
+            "bytes_per_token": sparse_bytes(head, draws, words),
+            "squared_error": spread / count,
+        }
         for (head, draws), spread in spreads.items()
     ]
     claims = [at_most("squared error of the default's targets over the least", 1.05, ours / least)]
-    write_measure(measure_path("targets"), claims, text=text_source(), rows=rows)
+    write_measure(measure_path("targets"), claims, text=text_source(), bytes=budget, rows=rows)
+
+
+def pairs_within(budget: int, words: int) -> list[tuple[int, int]]:
+    """Return, for each head, the head and as many draws as its targets have room for.
+
+    `budget` is in bytes a token, of a vocabulary of `words`.
+    """
+    pairs = []
+    for head in HEADS:
+        draws = 1
+        while sparse_bytes(head, draws + 1, words) <= budget:
+            draws += 1
+        pairs.append((head, draws))
+    return pairs
 
 
 def _spread(

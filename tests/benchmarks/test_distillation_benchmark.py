@@ -9,13 +9,26 @@ from transformers import LlamaForCausalLM
 from benchmarks.distillation import mixture
 from benchmarks.distillation.results import PAGE, RESULTS, summarise
 from benchmarks.distillation.steps import multiplications
+from benchmarks.distillation.targets import HEADS, pairs_within
 from benchmarks.places import ROOT
+from stillroom.distillation.cache_files import sparse_bytes
+from stillroom.distillation.teacher_cache import CacheOptions
 
 
 def test_multiplications_count_every_matrix_and_the_tied_head_once(tiny: LlamaForCausalLM) -> None:
     attention = 24 * 24 + 2 * 24 * 8 + 24 * 24  # q, k and v, o; heads of 4
     expected = 2 * (attention + 3 * 24 * 40) + 24 * 50
     assert multiplications(tiny) == expected
+
+
+def test_every_pair_uses_the_bytes_of_the_default_and_it_is_one_of_them() -> None:
+    default = CacheOptions()
+    budget = sparse_bytes(default.head, default.draws, 49_152)
+    pairs = pairs_within(budget, 49_152)
+    assert [head for head, _ in pairs] == list(HEADS)
+    assert (default.head, default.draws) in pairs
+    for head, draws in pairs:
+        assert sparse_bytes(head, draws, 49_152) <= budget < sparse_bytes(head, draws + 1, 49_152)
 
 
 @pytest.mark.parametrize(("sparse", "share"), [(1.0, 0.5), (2.5, None)])

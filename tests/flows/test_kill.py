@@ -185,7 +185,7 @@ def test_one_of_two_workers_is_killed_and_the_run_goes_on(
     fetched = user.type("store", "fetch", again.key[:12], "cache")
     assert fetched.returncode == 0, fetched.stderr
     assert stillroom(["inspect", str(user.folder / "cache")]) == 0
-    assert "sampled teacher cache: head 2, draws 13" in capsys.readouterr().out
+    assert "sampled teacher cache: head 2, draws 16" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_named_and_repaired(

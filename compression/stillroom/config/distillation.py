@@ -49,7 +49,7 @@ class Cache(Section):
     """sampled: exact head and drawn tail, unbiased; top_k: biased; dense: everything, to audit."""
     head: Annotated[int, Field(ge=0, le=256)] = 2
     """Most likely tokens kept exactly at each position (with top_k: all that is kept)."""
-    draws: Annotated[int, Field(ge=0, le=255)] = 13
+    draws: Annotated[int, Field(ge=0, le=255)] = 16
     """Tokens drawn from the rest of the distribution at each position."""
     rows_per_shard: Count = 16
     """Rows in one shard; a crash costs at most one shard."""

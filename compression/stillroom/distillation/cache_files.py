@@ -12,11 +12,12 @@ causal language model, of token t for a masked one.
   shard-*.safetensors
 
     sampled, top_k
-      head_ids            (rows, L, K) uint16, or int32 above 65,536 words   most likely words
-      head_probabilities  (rows, L, K) float16   sampled: rounded up or down at random, mean kept;
-                                                 top_k: renormalised to sum to 1
-      tail_ids            (rows, L, M) uint16, or int32   drawn words, repeats allowed; each stands
-                                                 for tail_mass / M (absent where M is 0)
+      head_words          (rows, L, bytes) uint8 the most likely words, sorted by id
+      head_probabilities  (rows, L, K) float16   of each, in that order; sampled: rounded up or down
+                                                 at random, mean kept; top_k: renormalised to sum
+                                                 to 1
+      tail_words          (rows, L, bytes) uint8 drawn words, sorted by id, repeats allowed; each
+                                                 stands for tail_mass / M
       tail_mass           (rows, L)    float16   1 less the head's exact sum, rounded as the head
       entropy             (rows, L)    float16   of the whole distribution, in nats; rounded up or
                                                  down at random (float32 before version 3)
@@ -30,10 +31,17 @@ causal language model, of token t for a masked one.
   audit.safetensors (audit_rows > 0; a dense cache is its own audit and has none)
       logits              (audit_rows, L, vocab) float32   of the first rows, as in a dense cache
 
-head_ids and head_probabilities are absent where K is 0, tail_ids and tail_mass where M is 0.
-At the default K = 2 and M = 13 with a vocabulary of at most 65,536 words: 2·(2+2) + 13·2 + 2 + 2 =
-38 bytes a token; hidden states add 2·H. A row of audit takes 4·L·vocab bytes: of 512 tokens and
-49,152 words 101 MB, as much as 2.6 million tokens of the shards. Padding positions hold zeros.
+The words are in Elias-Fano codes (`stillroom.distillation.elias_fano`): K or M ids of a vocabulary
+take the same number of bytes at every position. Those of the head are absent where K is 0, with
+their probabilities; those of the tail where M is 0, with its mass. Before version 4 the ids stood
+there plainly, head_ids (rows, L, K), the likeliest first, and tail_ids (rows, L, M): uint16, or
+int32 above 65,536 words.
+
+At the default K = 2 and M = 16 and SmolLM2's 49,152 words a token takes, in bytes, 4 + 2·2 of the
+head, 27 + 2 of the tail and 2 of the entropy: 39. Without the code it would be 44; with Qwen's
+151,936 words it is 5 + 2·2 + 31 + 2 + 2 = 44, and would be 80. Hidden states add 2·H. A row of
+audit takes 4·L·vocab bytes: of 512 tokens and 49,152 words 101 MB, as much as 2.6 million tokens
+of the shards. Padding positions hold word 0 and zeros.
 
 `cache.json` holds what the targets belong to (fields of `CacheFacts`) and each file's SHA-256.
 """
@@ -50,6 +58,7 @@ from torch import Tensor
 
 from stillroom.checkpoint import sha256_of
 from stillroom.data.examples import Examples
+from stillroom.distillation import elias_fano
 from stillroom.distillation.losses import DenseTargets, SoftTargets
 from stillroom.errors import CorruptedError, MismatchError, SourceError
 
@@ -57,7 +66,8 @@ CacheKind = Literal["sampled", "top_k", "dense"]
 HiddenStates = Literal["none", "last"]
 FACTS = "cache.json"
 AUDIT = "audit"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+CODED_SINCE = 4
 
 
 @dataclass(frozen=True)
@@ -171,10 +181,10 @@ class TeacherCache:
         ids = [torch.empty(shape, dtype=torch.long)]
         probabilities = [torch.empty(shape)]
         if self.facts.head:
-            ids.append(self._tensor("head_ids", rows).long())
+            ids.append(self._words("head", self.facts.head, rows))
             probabilities.append(self._tensor("head_probabilities", rows).float())
         if self.facts.draws:
-            drawn = self._tensor("tail_ids", rows).long()  # (batch, length, M)
+            drawn = self._words("tail", self.facts.draws, rows)
             each = self._tensor("tail_mass", rows).float() / self.facts.draws
             ids.append(drawn)
             probabilities.append(each.unsqueeze(-1).expand(drawn.shape))
@@ -210,6 +220,13 @@ class TeacherCache:
         """Bytes of the audit; 0 where there is none."""
         return (self.folder / tensor_file(AUDIT)).stat().st_size if self.facts.audit_rows else 0
 
+    def _words(self, part: str, count: int, rows: Tensor) -> Tensor:
+        """Return the ids (batch, length, count) int64 of the head's or the tail's words."""
+        if self.facts.format_version < CODED_SINCE:
+            return self._tensor(f"{part}_ids", rows).long()
+        codes = self._tensor(f"{part}_words", rows).numpy()
+        return torch.from_numpy(elias_fano.decode(codes, count, self.facts.vocabulary))
+
     def _tensor(self, name: str, rows: Tensor) -> Tensor:
         parts = []
         for row in rows.tolist():
@@ -237,6 +254,13 @@ def shard_name(number: int) -> str:
 def tensor_file(piece: str) -> str:
     """Return the file name of a piece: shard-00003.safetensors, audit.safetensors."""
     return f"{piece}.safetensors"
+
+
+def sparse_bytes(head: int, draws: int, vocabulary: int) -> int:
+    """Return the bytes that the targets of one token take, headers of files apart."""
+    kept = elias_fano.code_bytes(head, vocabulary) + 2 * head
+    drawn = elias_fano.code_bytes(draws, vocabulary) + 2 if draws else 0
+    return kept + drawn + 2  # the entropy
 
 
 def write_facts(folder: Path, facts: CacheFacts, pieces: list[str]) -> None:

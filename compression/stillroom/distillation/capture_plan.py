@@ -28,7 +28,7 @@ class CacheOptions:
 
     kind: CacheKind = "sampled"
     head: int = 2
-    draws: int = 13
+    draws: int = 16
     temperature: float = 1.0
     rows_per_shard: int = 16
     batch_rows: int = 4

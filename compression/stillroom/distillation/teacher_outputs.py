@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stillroom.data.examples import Examples
+from stillroom.distillation import elias_fano
 from stillroom.distillation.cache_files import AUDIT, CacheFacts
 from stillroom.distillation.capture_plan import CapturePlan
 from stillroom.distillation.sampling import SparseDistribution, round_to_half, sparsify
@@ -133,7 +134,6 @@ def _sparse_row(logits: Tensor, mask: Tensor, row_hash: str, facts: CacheFacts) 
 
 
 def _pack(kept: SparseDistribution, mask: Tensor, uniforms: Tensor, facts: CacheFacts) -> Arrays:
-    ids = np.uint16 if facts.vocabulary <= 2**16 else np.int32
     arrays: Arrays = {"entropy": round_to_half(kept.entropy, uniforms[:, -1]).cpu().numpy()}
     if facts.head:
         probabilities = kept.head_probabilities
@@ -142,10 +142,11 @@ def _pack(kept: SparseDistribution, mask: Tensor, uniforms: Tensor, facts: Cache
             half = (probabilities / total).half()
         else:
             half = round_to_half(probabilities, uniforms[:, : facts.head])
-        head_ids = kept.head_ids.masked_fill(~mask.unsqueeze(-1), 0)
-        arrays["head_ids"] = head_ids.cpu().numpy().astype(ids)
-        arrays["head_probabilities"] = half.cpu().numpy()
+        # The code holds ids in their order, so the probabilities must follow it.
+        ids, order = kept.head_ids.masked_fill(~mask.unsqueeze(-1), 0).sort(-1)
+        arrays["head_words"] = elias_fano.encode(ids.cpu().numpy(), facts.vocabulary)
+        arrays["head_probabilities"] = half.gather(-1, order).cpu().numpy()
     if facts.draws:
-        arrays["tail_ids"] = kept.tail_ids.cpu().numpy().astype(ids)
+        arrays["tail_words"] = elias_fano.encode(kept.tail_ids.cpu().numpy(), facts.vocabulary)
         arrays["tail_mass"] = round_to_half(kept.tail_mass, uniforms[:, facts.head]).cpu().numpy()
     return arrays

@@ -8,6 +8,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from stillroom.checkpoint import FolderCheckpoints, sha256_of
+from stillroom.distillation import elias_fano
+from stillroom.distillation.cache_files import sparse_bytes
 from stillroom.distillation.losses import DenseTargets
 from stillroom.distillation.teacher_cache import CacheOptions, TeacherCache, capture
 from stillroom.errors import (
@@ -198,8 +200,21 @@ def test_targets_are_read_by_row_and_padding_is_empty(tmp_path):
 
 
 def test_default_costs_at_most_forty_bytes_a_token(tmp_path):
-    cache = captured(tmp_path, CacheOptions(), token_rows(16, 120))
-    assert 38 <= cache.bytes_per_token <= 40
+    words = 49_152  # SmolLM2's
+    examples = token_rows(16, 120, vocab=words)
+    cache = capture(
+        tiny_llama(vocab=words), examples, tmp_path, CacheOptions(), tokenizer_hash=TOKENIZER
+    )
+    assert sparse_bytes(2, 16, words) == 39
+    assert 39 <= cache.bytes_per_token <= 40
+
+
+@pytest.mark.parametrize(("head", "draws"), [(2, 16), (0, 5), (3, 0)])
+def test_sparse_bytes_are_those_of_the_tensors(tmp_path, head, draws):
+    kind = "sampled" if draws else "top_k"
+    captured(tmp_path, replace(OPTIONS, kind=kind, head=head, draws=draws), token_rows(2))
+    tensors = load_file(tmp_path / "shard-00000.safetensors").values()
+    assert sum(tensor.nbytes for tensor in tensors) == 2 * 12 * sparse_bytes(head, draws, VOCAB)
 
 
 def test_dense_cache_holds_the_logits(tmp_path):
@@ -400,30 +415,48 @@ def test_masked_language_model_is_kept_position_by_position(tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
 
-def rewrite(folder, version, entropy):
-    """Make the cache in `folder` one of version 1 or 2, with `entropy` (rows, length) float32."""
+def rewrite(folder, version, entropy, ids):
+    """Make the cache in `folder` one of an earlier version, its words plain, of the type `ids`.
+
+    `entropy` (rows, length) float32 was kept whole before version 3.
+    """
     facts = json.loads((folder / "cache.json").read_text()) | {"format_version": version}
     if version == 1:
         for name in ("audit_rows", "hidden_states", "hidden_size"):
             del facts[name]
     parts = entropy.split(facts["rows_per_shard"])
     for name, part in zip(sorted(facts["shards"]), parts, strict=True):
-        save_file(load_file(folder / name) | {"entropy": part.numpy()}, folder / name)
+        arrays = load_file(folder / name)
+        for words, count in (("head", facts["head"]), ("tail", facts["draws"])):
+            plain = elias_fano.decode(arrays.pop(f"{words}_words"), count, VOCAB)
+            arrays[f"{words}_ids"] = plain.astype(ids)
+        if version < 3:
+            arrays["entropy"] = part.numpy()
+        save_file(arrays, folder / name)
         facts["shards"][name] = sha256_of(folder / name)
     (folder / "cache.json").write_text(json.dumps(facts))
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_cache_of_an_earlier_format_is_read(tmp_path, version):
+@pytest.mark.parametrize(
+    ("version", "ids"), [(1, np.uint16), (2, np.uint16), (3, np.uint16), (3, np.int32)]
+)
+def test_a_cache_of_an_earlier_format_is_read(tmp_path, version, ids):
     rows = torch.arange(5)
     today = captured(tmp_path).targets(rows)
     entropy = torch.special.entr(teacher_distribution(token_rows(5, padding=3))).sum(-1)
-    rewrite(tmp_path, version, entropy)
-    assert header(tmp_path / "shard-00000.safetensors")["entropy"] == ("F32", [2, 12])
+    rewrite(tmp_path, version, entropy, ids)
+    plain = "U16" if ids is np.uint16 else "I32"
+    assert header(tmp_path / "shard-00000.safetensors") == {
+        "head_ids": (plain, [2, 12, 2]),
+        "head_probabilities": ("F16", [2, 12, 2]),
+        "tail_ids": (plain, [2, 12, 16]),
+        "tail_mass": ("F16", [2, 12]),
+        "entropy": ("F32" if version < 3 else "F16", [2, 12]),
+    }
     cache = TeacherCache.open(tmp_path)
     assert (cache.facts.format_version, cache.facts.audit_rows) == (version, 0)
     found = cache.targets(rows)
-    assert torch.equal(found.entropy, entropy)
+    assert torch.equal(found.entropy, entropy if version < 3 else today.entropy)
     assert torch.equal(found.ids, today.ids)
     assert torch.equal(found.probabilities, today.probabilities)
 
@@ -431,8 +464,8 @@ def test_a_cache_of_an_earlier_format_is_read(tmp_path, version):
 def test_a_cache_of_a_later_format_is_refused(tmp_path):
     captured(tmp_path)
     facts = json.loads((tmp_path / "cache.json").read_text())
-    (tmp_path / "cache.json").write_text(json.dumps(facts | {"format_version": 4}))
-    with pytest.raises(MismatchError, match="has format 4"):
+    (tmp_path / "cache.json").write_text(json.dumps(facts | {"format_version": 5}))
+    with pytest.raises(MismatchError, match="has format 5"):
         TeacherCache.open(tmp_path)
 
 
@@ -447,9 +480,9 @@ def header(file):
 def test_layout_is_the_documented_one(tmp_path):
     captured(tmp_path)
     assert header(tmp_path / "shard-00000.safetensors") == {
-        "head_ids": ("U16", [2, 12, 2]),
+        "head_words": ("U8", [2, 12, 2]),
         "head_probabilities": ("F16", [2, 12, 2]),
-        "tail_ids": ("U16", [2, 12, 13]),
+        "tail_words": ("U8", [2, 12, 8]),
         "tail_mass": ("F16", [2, 12]),
         "entropy": ("F16", [2, 12]),
     }
