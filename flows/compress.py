@@ -62,7 +62,8 @@ def make(recipe: Recipe) -> Outcome:
             recipe.gates,
             journal,
         )
-        versions = register_models(recipe, made.final, made.adapters, gates, champion, journal)
+        bases = made.bases(recipe.publish.name) if recipe.publish else {}
+        versions = register_models(recipe, bases, made.adapters, gates, champion, journal)
         return write_report(recipe, _shown(made), gates, versions, journal)
 
 

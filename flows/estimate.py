@@ -55,7 +55,7 @@ def estimate(order: Order, recipe: Recipe, teacher: Shape | None) -> Estimate:
             tokens = train * float(order.section["training"]["epochs"])
             flops = PASSES["train"] * tokens * model.active_parameters
             need = _training(order, flops, 4 * model.parameters, 3 * rows * model.vocabulary)
-        case "quantize_model":
+        case "quantize_model" | "merge_adapter":
             need = _quantizing(order, student, data)
         case "train_adapter":
             tokens = train * float(order.section["training"]["epochs"])
@@ -93,7 +93,8 @@ def _quantizing(order: Order, model: Shape, data: Data) -> Estimate:
     solving = SOLVER_PRODUCTS * 2 * model.block_parameters * (3 * model.hidden + model.inner) / 4
     flops = model.layers * (passes + 3 * tokens * squares + solving)
     section = order.section
-    if section["engine"] == "gptqmodel" or section["mixed"]:
+    whole = order.stage.name == "merge_adapter"
+    if whole or section["engine"] == "gptqmodel" or section["mixed"]:
         return _need(flops, 2 * model.parameters, 2 * tokens * model.hidden)
     batch = QUANTIZED_ROWS * data.sequence_length
     stacked = 2 * model.hidden * model.inner  # the largest layers that share an input

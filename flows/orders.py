@@ -7,6 +7,7 @@ from stillroom.config import (
     Adapter,
     Data,
     Distillation,
+    Merge,
     Model,
     Quantization,
     Recipe,
@@ -20,6 +21,7 @@ from tasks.stages import (
     DISTILL_STUDENT,
     EVALUATE_MODEL,
     IMPORT_MODEL,
+    MERGE_ADAPTER,
     PREPARE_DATA,
     QUANTIZE_MODEL,
     TRAIN_ADAPTER,
@@ -128,9 +130,16 @@ class Orders(Generic[A]):
 
     def train_adapter(self, adapter: Adapter, base: A, data: A) -> A:
         """Order an adapter on the frozen base."""
-        section = as_json(adapter, "data", "training")
+        section = as_json(adapter, "data", "training", "merge")
         title, inputs = f"train adapter {adapter.name}", {"base": base, "data": data}
         return self._training(TRAIN_ADAPTER, title, section, adapter.training, inputs)
+
+    def merge_adapter(self, name: str, merge: Merge, base: A, adapter: A, data: A) -> A:
+        """Order a quantized model with an adapter in its weights, quantized as the base is."""
+        assert self.recipe.quantization is not None, "the recipe refuses it otherwise"
+        section = as_json(self.recipe.quantization) | as_json(merge) | {"name": name}
+        inputs = {"base": base, "adapter": adapter, "data": data}
+        return self._order(MERGE_ADAPTER, f"merge adapter {name}", section, inputs)
 
     def evaluate_model(
         self, title: str, teacher: A, model: A, data: A, adapter: A | None = None

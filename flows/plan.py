@@ -126,7 +126,11 @@ def print_plan(recipe: Recipe, stages: list[PlannedStage]) -> Iterator[str]:
 def _publication(recipe: Recipe) -> str:
     if recipe.publish is None:
         return "publish nothing"
-    names = [recipe.publish.name, *(f"{recipe.publish.name}-{a.name}" for a in recipe.adapters)]
+    names = [recipe.publish.name]
+    for each in recipe.adapters:
+        names.append(f"{recipe.publish.name}-{each.name}")
+        if each.method == "lora" and each.merge:
+            names.append(f"{names[-1]}-merged")
     return f"register {', '.join(names)} and move the alias {recipe.publish.alias}"
 
 

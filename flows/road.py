@@ -30,7 +30,14 @@ class Made(Generic[A]):
     data: A
     final: A
     adapters: dict[str, A]
+    merged: dict[str, A]
     measured: list[Measured[A]]
+
+    def bases(self, name: str) -> dict[str, A]:
+        """The models that stand alone, by the names they are registered under."""
+        return {name: self.final} | {
+            f"{name}-{each}-merged": merged for each, merged in self.merged.items()
+        }
 
     @property
     def road(self) -> list[Measured[A]]:
@@ -76,24 +83,27 @@ def walk(recipe: Recipe, orders: Orders[A]) -> Made[A]:
         for label, model in models.items()
     ]
     measured += _controls(recipe, orders, teacher, before_quantization, data)
-    adapters, rows = _adapters(recipe, orders, teacher, final, name)
-    return Made(teacher, data, final, adapters, measured + rows)
+    made = Made(teacher, data, final, {}, {}, measured)
+    _adapt(recipe, orders, made, name)
+    return made
 
 
-def _adapters(
-    recipe: Recipe, orders: Orders[A], teacher: A, base: A, name: str
-) -> tuple[dict[str, A], list[Measured[A]]]:
-    """Order every adapter, and the base with and without it on the adapter's own text."""
-    adapters, rows = {}, []
+def _adapt(recipe: Recipe, orders: Orders[A], made: Made[A], name: str) -> None:
+    """Order every adapter, and the base with, without and merged with it on its own text."""
+    teacher, base = made.teacher, made.final
     for section in recipe.adapters:
         data = orders.prepare_data(f"prepare data {section.name}", section.data, teacher)
         adapter = orders.train_adapter(section, base, data)
-        adapters[section.name] = adapter
-        for label, worn in ((name, None), (f"{name} + {section.name}", adapter)):
+        made.adapters[section.name] = adapter
+        shown = [(name, base, None), (f"{name} + {section.name}", base, adapter)]
+        if section.method == "lora" and section.merge:
+            merged = orders.merge_adapter(section.name, section.merge, base, adapter, data)
+            made.merged[section.name] = merged
+            shown.append((f"{name} + {section.name}, merged", merged, None))
+        for label, model, worn in shown:
             title = f"evaluate {label} on {section.name}"
-            evaluation = orders.evaluate_model(title, teacher, base, data, worn)
-            rows.append(Measured(label, section.name, base, evaluation, worn))
-    return adapters, rows
+            evaluation = orders.evaluate_model(title, teacher, model, data, worn)
+            made.measured.append(Measured(label, section.name, model, evaluation, worn))
 
 
 def _controls(recipe: Recipe, orders: Orders[A], teacher: A, base: A, data: A) -> list[Measured[A]]:

@@ -28,13 +28,15 @@ from tasks.store.record import Record
 @plainly
 def register_models(
     recipe: Recipe,
-    base: Record,
+    bases: dict[str, Record],
     adapters: dict[str, Record],
     gates: list[GateResult],
     compared_with: Registered | None,
     journal: Journal,
 ) -> list[Registered]:
-    """Register the base and each adapter as models of their own; return their versions.
+    """Register the bases and each adapter as models of their own; return their versions.
+
+    `bases` come by their full names, the one that the adapters sit on first.
 
     Raises:
         MismatchError: another champion came while this one was being judged.
@@ -45,11 +47,12 @@ def register_models(
         return []
     client, failed = journal.client, [gate.name for gate in gates if not gate.passed]
     rivals = {publish.name: compared_with}
-    registered = [_register(publish.name, base, recipe.task, None, journal)]
-    for name, adapter in adapters.items():
-        full = f"{publish.name}-{name}"
-        rivals[full] = champion(client, full, publish.alias)
-        registered.append(_register(full, adapter, recipe.task, registered[0], journal))
+    own = {f"{publish.name}-{name}": adapter for name, adapter in adapters.items()}
+    registered: list[Registered] = []
+    for name, record in (bases | own).items():
+        rivals.setdefault(name, champion(client, name, publish.alias))
+        sits_on = registered[0] if name in own else None
+        registered.append(_register(name, record, recipe.task, sits_on, journal))
     for version in registered:
         tag_gates(client, version, failed)
         if not failed:

@@ -31,7 +31,8 @@ TUNE_TEACHER = Stage("tune_teacher", "model", 2)
 CACHE_TEACHER = Stage("cache_teacher", "teacher-cache", 5)
 DISTILL_STUDENT = Stage("distill_student", "model", 2)
 QUANTIZE_MODEL = Stage("quantize_model", "model", 4)
-TRAIN_ADAPTER = Stage("train_adapter", "adapter", 2)
+TRAIN_ADAPTER = Stage("train_adapter", "adapter", 3)
+MERGE_ADAPTER = Stage("merge_adapter", "model", 1)
 EVALUATE_MODEL = Stage("evaluate_model", "evaluation", 2)
 
 STAGES = (
@@ -43,6 +44,7 @@ STAGES = (
     DISTILL_STUDENT,
     QUANTIZE_MODEL,
     TRAIN_ADAPTER,
+    MERGE_ADAPTER,
     EVALUATE_MODEL,
 )
 

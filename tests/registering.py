@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from stillroom.adapters.lora import LoraOptions, add_lora, load_adapter, save_adapter
+from stillroom.adapters.adapted_model import AdaptedModel
+from stillroom.adapters.folder import load_adapter, save_adapter
+from stillroom.adapters.options import LoraOptions
 from stillroom.models import load_model, save_model
 from stillroom.quantization.formats.export import save_quantized
 from stillroom.quantization.options import QuantizationOptions
@@ -96,12 +98,13 @@ def masked_folder(root: Path) -> Path:
 
 def adapter_folder(root: Path, base: Path) -> Path:
     """Return an adapter whose update is not zero."""
-    adapted = add_lora(load_model(base), LoraOptions(rank=2), seed=1)
+    adapted = AdaptedModel(load_model(base, weights="packed"))
+    adapted.add("law", LoraOptions(rank=2), seed=1)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
+            if name.endswith(".B"):
                 parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(2))
-    save_adapter(adapted, root / "adapter", "the store's key")
+    save_adapter(adapted, "law", root / "adapter", "the store's key")
     return root / "adapter"
 
 

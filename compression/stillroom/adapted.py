@@ -1,6 +1,5 @@
 """An adapter and its base side by side on disk: linked, or merged into one model."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -12,16 +11,18 @@ if TYPE_CHECKING:
 
 
 def join_base(adapter: Path, base: Path) -> None:
-    """Make the folder `adapter` load together with `base`, wherever their parent is moved.
+    """Make the folder `adapter` name `base` by a relative path, wherever their parent is moved.
 
-    Its config comes to name the base by a relative path; links to the base's files make it what
-    transformers calls a complete model with an embedded adapter.
+    Links to the base's files make a LoRA what transformers calls a complete model with an embedded
+    adapter. Of other methods transformers knows nothing, and would load the base alone.
     """
+    from stillroom.adapters.folder import set_base_reference
+    from stillroom.adapters.peft_folder import PEFT_CONFIG
+
     relative = Path("..") / base.name
-    config_file = adapter / "adapter_config.json"
-    config = json.loads(config_file.read_text())
-    config["base_model_name_or_path"] = relative.as_posix()
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True))
+    set_base_reference(adapter, relative.as_posix())
+    if not (adapter / PEFT_CONFIG).exists():
+        return
     for path in files_below(base):
         link = adapter / path.relative_to(base)
         if not link.exists():
@@ -35,13 +36,14 @@ def merge_into(base: Path, adapter: Path, task: Task, folder: Path) -> None:
 
     Raises:
         SourceError: the base or the adapter cannot be loaded.
+        MismatchError: the adapter is no LoRA, or belongs to another base.
     """
-    from stillroom.adapters.lora import load_adapter
+    from stillroom.adapters.folder import DEFAULT, load_adapter
     from stillroom.adapters.merge import merge_lora
     from stillroom.models import load_model, load_tokenizer, save_model
 
     model = load_model(base, task=task, weights="dense")
-    merged = cast("PreTrainedModel", merge_lora(load_adapter(model, adapter)))
+    merged = cast("PreTrainedModel", merge_lora(load_adapter(model, adapter), DEFAULT))
     # A model that was dequantized may not say of itself that it is quantized.
     if getattr(merged.config, "quantization_config", None) is not None:
         del merged.config.quantization_config

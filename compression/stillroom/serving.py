@@ -129,7 +129,7 @@ class ServedModel:
         return LlamaCppModel(folder / GGUF_FILE), load_tokenizer(folder)
 
     def _load_adapted(self, adapter: Path) -> tuple[Any, Any]:
-        from stillroom.adapters.lora import load_adapter
+        from stillroom.adapters.folder import load_adapter
         from stillroom.pull import fetch_base, open_client
 
         assert self.contents.base is not None

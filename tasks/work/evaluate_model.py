@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from stillroom.adapters.lora import load_adapter
+from stillroom.adapters.folder import load_adapter
 from stillroom.data.examples import Examples
 from stillroom.data.prepare import load_prepared
 from stillroom.errors import MismatchError

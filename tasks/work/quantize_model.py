@@ -24,17 +24,27 @@ OPTIONS = {field.name for field in fields(QuantizationOptions)}
 def work(bench: Bench) -> Result:
     """Write a GPTQ checkpoint, and layers.json with the account of each layer."""
     section = bench.section
-    options = QuantizationOptions(**{k: v for k, v in section.items() if k in OPTIONS})
+    options = quantization_options(section)
     if section["gguf"]:
         require_gguf(bench.inputs["base"], options.group_size)
     rows = load_prepared(bench.inputs["data"]).calibration
     do = _with_gptqmodel if section["engine"] == "gptqmodel" else _with_stillroom
     accounts, reload, metrics = do(bench, rows, options)
-    (bench.output / "layers.json").write_text(json.dumps(_listed(accounts), indent=1))
+    write_accounts(bench, accounts)
     metrics |= summarise(accounts) | reload_metrics(reload)
     if section["gguf"]:
-        metrics |= _write_gguf(bench)
+        metrics |= write_gguf(bench)
     return Result(licence=bench.licence("base"), metrics=metrics)
+
+
+def quantization_options(section: dict[str, Any]) -> QuantizationOptions:
+    """Return the library's options from the recipe's quantization section."""
+    return QuantizationOptions(**{k: v for k, v in section.items() if k in OPTIONS})
+
+
+def write_accounts(bench: Bench, accounts: Sequence[LayerAccount]) -> None:
+    """Write layers.json: the account of each layer, with the number of its block."""
+    (bench.output / "layers.json").write_text(json.dumps(_listed(accounts), indent=1))
 
 
 Done = tuple[Sequence[LayerAccount], ReloadCheck, dict[str, float]]
@@ -102,7 +112,8 @@ def _mixed_bits(
     }
 
 
-def _write_gguf(bench: Bench) -> dict[str, float]:
+def write_gguf(bench: Bench) -> dict[str, float]:
+    """Write the checkpoint's GGUF export beside it; return its figures."""
     report = export_gguf(bench.output, bench.output / "model.gguf")
     return {"gguf_largest_weight_error": report.largest_weight_error}
 

@@ -68,10 +68,20 @@ def test_another_temperature_redoes_the_cache_and_the_student(store: ArtifactSto
                       "evaluate quantized teacher"]),
         ("distil", ["import teacher", "prepare data", "cache teacher", "distil student",
                     "evaluate teacher", "evaluate student"]),
-        ("adapters", ["import teacher", "prepare data", "evaluate teacher",
+        ("adapters", ["import teacher", "prepare data", "quantize", "evaluate teacher",
+                      "evaluate quantized teacher",
                       "prepare data python-source", "train adapter python-source",
-                      "evaluate teacher on python-source",
-                      "evaluate teacher + python-source on python-source"]),
+                      "merge adapter python-source",
+                      "evaluate quantized teacher on python-source",
+                      "evaluate quantized teacher + python-source on python-source",
+                      "evaluate quantized teacher + python-source, merged on python-source",
+                      # Their text is the first one's, and so is the base's figure on it.
+                      *(stage
+                        for name in ("bottleneck", "prefix", "prompt")
+                        for stage in (
+                            f"train adapter python-source-{name}",
+                            f"evaluate quantized teacher + python-source-{name} "
+                            f"on python-source-{name}"))]),
     ],
 )  # fmt: skip
 def test_absent_sections_are_left_out(recipe: str, stages: list[str], store: ArtifactStore) -> None:

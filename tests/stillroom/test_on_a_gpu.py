@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stillroom.adapters.lora import LoraOptions, train_lora
+from stillroom.adapters.adapted_model import AdaptedModel
+from stillroom.adapters.options import LoraOptions
+from stillroom.adapters.training import train_adapter
 from stillroom.checkpoint import FolderCheckpoints
 from stillroom.distillation.distill import DistillationOptions, Taught, distill
 from stillroom.distillation.student import initialise_student
@@ -154,8 +156,9 @@ def test_an_adapter_learns_on_a_packed_base(tmp_path):
     losses = {}
     for device in ("cpu", "cuda"):
         base = load_quantized(tmp_path, weights="packed").to(device)
-        _, history = train_lora(base, examples, LoraOptions(rank=4), TRAINING)
-        losses[device] = history.loss
+        adapted = AdaptedModel(base)
+        adapted.add("a", LoraOptions(rank=4))
+        losses[device] = train_adapter(adapted, "a", examples, TRAINING).loss
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=2e-3)
     assert losses["cuda"][-1] < losses["cuda"][0]
 

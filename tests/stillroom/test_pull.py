@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stillroom.pull
-from stillroom.adapters.lora import load_adapter
+from stillroom.adapters.folder import load_adapter
 from stillroom.cli import main
 from stillroom.contents import list_files, read_contents
 from stillroom.errors import CorruptedError, MismatchError, SourceError, StoreError

@@ -22,6 +22,7 @@ def new_bench(
             stage=stage,
             section=section | {"task": "causal_lm", "device": "cpu"},
             seed=0,
+            inputs={role: role[0] * 64 for role in inputs},
         ),
         inputs=inputs,
         records=dict.fromkeys(inputs, SimpleNamespace(licence="none")),  # type: ignore[arg-type]

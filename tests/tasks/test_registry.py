@@ -14,7 +14,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
 import tasks.model_lock
 import tasks.registered
-from stillroom.adapters.lora import load_adapter
+from stillroom.adapters.folder import load_adapter
 from stillroom.errors import MismatchError, ServiceUnreachableError, SourceError
 from stillroom.models import load_model
 from tasks.model_lock import model_lock
@@ -372,6 +372,7 @@ def test_adapter_files_are_the_adapter_alone(place: Place) -> None:
     assert sorted(path.name for path in (files_of(version) / "artifacts" / "model").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "stillroom_adapter.json",
     ]
 
 

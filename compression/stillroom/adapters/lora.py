@@ -1,229 +1,140 @@
-"""Low-rank adapters (LoRA, 2106.09685): train, save and load them, through peft."""
+"""Low-rank adapters (LoRA, 2106.09685), beside dense and beside quantized layers."""
 
-import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from stillroom.blocks import find_blocks, find_linears
-from stillroom.checkpoint import Checkpoints
-from stillroom.contents import Task
-from stillroom.data.examples import Examples
-from stillroom.errors import RecipeError, SourceError
-from stillroom.fine_tuning import fine_tune
-from stillroom.progress import Progress, silent
+from stillroom.adapters.flattened import BatchRows
+from stillroom.adapters.options import LoraOptions
+from stillroom.adapters.part import Part
+from stillroom.adapters.places import adaptable_blocks, adaptable_linears
+from stillroom.adapters.probe import device_of, key_of
+from stillroom.blocks import weight_at
+from stillroom.errors import MismatchError, NotFiniteError, RecipeError
 from stillroom.quantization.linear import QuantizedLinear
-from stillroom.training.history import TrainingHistory
-from stillroom.training.options import TrainingOptions, derived_seed
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+from stillroom.training.options import derived_seed
 
 
-@dataclass(frozen=True)
-class LoraOptions:
-    """Shape of the update B A · alpha / rank, and beside which layers it stands.
+class LowRank(nn.Module):
+    """The update (α / r) · B A dropout(x) of one layer, A (r, in) and B (out, r) in float32."""
 
-    `target_modules` are the last parts of their names; None is every linear in the blocks.
-    """
+    def __init__(self, layer: nn.Module, options: LoraOptions, generator: torch.Generator) -> None:
+        super().__init__()
+        inputs, outputs = _features(layer)
+        bound = inputs**-0.5  # as nn.Linear, and peft, start theirs
+        a = (torch.rand((options.rank, inputs), generator=generator) * 2 - 1) * bound
+        device = device_of(layer)
+        self.A = nn.Parameter(a.to(device))
+        self.B = nn.Parameter(torch.zeros((outputs, options.rank), device=device))
+        self.dropout = nn.Dropout(options.dropout)
+        self.scale = options.alpha / options.rank
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] | None = None
-
-
-def train_lora(
-    model: nn.Module,
-    examples: Examples,
-    options: LoraOptions,
-    training: TrainingOptions,
-    *,
-    evaluation: Examples | None = None,
-    checkpoints: Checkpoints | None = None,
-    fingerprint: str = "",
-    progress: Progress = silent,
-) -> tuple["PeftModel", TrainingHistory]:
-    """Put LoRA into `model`, in place, and train it by cross-entropy; the base stays frozen.
-
-    A classifier's head is trained with it and saved with the adapter; the head that names a masked
-    model's words stays as it is.
-
-    Raises:
-        RecipeError: a target module is not in the model.
-        what `stillroom.training.loop.train` raises.
-    """
-    task: Task = "masked_lm" if examples.masked else "causal_lm"
-    if examples.label_names:
-        task = "sequence_classification"
-    adapted = add_lora(model, options, task=task, seed=training.seed)
-    history = fine_tune(
-        adapted,
-        examples,
-        training,
-        evaluation=evaluation,
-        checkpoints=checkpoints,
-        fingerprint=f"{fingerprint} {options}",
-        progress=progress,
-    )
-    return adapted, history
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the update (..., out) for inputs (..., in)."""
+        inputs = self.dropout(x.to(self.A.dtype))
+        update: Tensor = (inputs @ self.A.T @ self.B.T) * self.scale
+        return update
 
 
-def add_lora(
-    model: nn.Module, options: LoraOptions, *, task: Task = "causal_lm", seed: int = 0
-) -> "PeftModel":
-    """Return `model`, changed in place, with fresh LoRA layers: its outputs stay the same.
+class LoraAdapter(Part):
+    """Low-rank updates of the outputs of linear layers; fresh ones change nothing."""
 
-    A is drawn from `seed`, B is zero. The base is frozen.
+    def __init__(self, base: nn.Module, options: LoraOptions, seed: int) -> None:
+        super().__init__()
+        self.targets = target_names(base, options.target_modules)
+        self.updates = nn.ModuleDict()
+        self._batch = BatchRows(self, base)
+        generator = torch.Generator().manual_seed(derived_seed(seed, "lora"))
+        for name in self.targets:
+            layer = base.get_submodule(name)
+            self.updates[key_of(name)] = LowRank(layer, options, generator)
+            self.hook(layer, partial(self._add, key_of(name)))
 
-    Raises:
-        RecipeError: a target module is not in the model.
-    """
-    from peft import LoraConfig, TaskType, get_peft_model
+    def merge(self, base: nn.Module) -> None:
+        """Add the updates into the base's weights, in place.
 
-    from stillroom.adapters.quantized_lora import register
+        Raises:
+            MismatchError: a layer is quantized, and the sum would lie on no grid.
+            NotFiniteError: a merged weight is NaN or infinite; nothing was changed.
+        """
+        merged = {}
+        for name in self.targets:
+            if isinstance(base.get_submodule(name), QuantizedLinear):
+                raise MismatchError(
+                    "merging needs a dense base, and this one is quantized: load it with "
+                    "weights='dense', and quantize the merged model again if it must be small"
+                )
+            update: Any = self.updates[key_of(name)]
+            weight = weight_at(base, name)
+            with torch.no_grad():
+                merged[name] = weight.read() + update.scale * (update.B @ update.A)
+            if not torch.isfinite(merged[name]).all():
+                raise NotFiniteError(
+                    f"merging: expected finite weights, those of {name} would not be; train the "
+                    "adapter again"
+                )
+        for name, value in merged.items():
+            weight_at(base, name).write(value.to(weight_at(base, name).stored.dtype))
 
-    types = {
-        "causal_lm": TaskType.CAUSAL_LM,
-        # peft has no type for masked models: this one passes the model's own outputs on.
-        "masked_lm": TaskType.FEATURE_EXTRACTION,
-        "sequence_classification": TaskType.SEQ_CLS,
-    }
-    targets = target_names(model, options.target_modules)
-    config = LoraConfig(
-        task_type=types[task],
-        r=options.rank,
-        lora_alpha=options.alpha,  # type: ignore[arg-type]  # any number will do
-        lora_dropout=options.dropout,
-        target_modules=targets,
-        fan_in_fan_out=_is_transposed(model, targets),
-    )
-    register(config)
-    with torch.random.fork_rng(devices=[]), _quiet():
-        torch.manual_seed(derived_seed(seed, "lora"))
-        return get_peft_model(model, config)
+    def _add(self, key: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        update = self.updates[key]
+        return self._batch.change(self.rows, output, lambda own, x: own + update(x), *inputs)
 
 
 def target_names(model: nn.Module, wanted: tuple[str, ...] | None) -> list[str]:
-    """Return the endings of the names of the layers to adapt, sorted.
+    """Return the full names of the linear layers in the blocks to adapt, in definition order.
 
-    None: every linear in the blocks, by the name inside its block, or by the full name where a
-    layer outside the blocks ends in the same way.
+    `wanted` are the last parts of their names; None: all.
 
     Raises:
         RecipeError: a wanted ending fits no linear layer in the blocks.
     """
-    prefix, blocks = _blocks(model)
+    prefix, blocks = adaptable_blocks(model)
     inside = {
-        f"{prefix}.{i}.{name}": name for i, block in enumerate(blocks) for name in _linears(block)
+        f"{prefix}.{i}.{name}": name
+        for i, block in enumerate(blocks)
+        for name in adaptable_linears(block)
     }
-    if wanted is not None:
-        missing = [name for name in wanted if not any(_ends(full, name) for full in inside)]
-        if missing:
-            raise RecipeError(
-                f"adapter.target_modules: {', '.join(missing)} is not in the model; "
-                f"choose from {', '.join(sorted(set(inside.values())))}"
-            )
-        return sorted(wanted)
-    endings = set(inside.values())
+    if wanted is None:
+        return list(inside)
+    missing = [name for name in wanted if not any(_ends(full, name) for full in inside)]
+    if missing:
+        raise RecipeError(
+            f"adapter.target_modules: {', '.join(missing)} is not in the model; choose from "
+            f"{', '.join(sorted(set(inside.values())))}"
+        )
+    return [full for full in inside if any(_ends(full, name) for name in wanted)]
+
+
+def is_transposed(model: nn.Module, names: list[str]) -> bool:
+    """Return whether any of these layers keeps its weight as (in, out), as GPT-2's do."""
+    return any(weight_at(model, name).transposed for name in names)
+
+
+def shortest_endings(model: nn.Module, names: list[str]) -> list[str]:
+    """Return endings that fit these layers of `model` and no other, sorted.
+
+    They are the names inside a block, such as self_attn.q_proj, or the full ones where a layer
+    elsewhere ends in the same way.
+    """
+    prefix, _ = adaptable_blocks(model)
+    endings = {name.removeprefix(f"{prefix}.").partition(".")[2] for name in names}
+    chosen = set(names)
     for full, _ in model.named_modules():
-        if full not in inside and any(_ends(full, ending) for ending in endings):
-            return sorted(inside)
+        if full not in chosen and any(_ends(full, ending) for ending in endings):
+            return sorted(names)
     return sorted(endings)
-
-
-def save_adapter(adapted: "PeftModel", folder: Path, base_reference: str) -> None:
-    """Write the adapter as peft reads it; `base_reference` says which base it belongs to.
-
-    The same adapter gives the same bytes.
-    """
-    from peft import get_peft_model_state_dict
-
-    folder.mkdir(parents=True, exist_ok=True)
-    # "auto" would ask the hub how many words the base had.
-    tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    save_file(
-        {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-        folder / WEIGHTS,
-        metadata={"format": "pt"},
-    )
-    config = adapted.peft_config["default"].to_dict()
-    config |= {"base_model_name_or_path": base_reference, "inference_mode": True}
-    # peft keeps names in sets, whose order changes from process to process.
-    ordered = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-    (folder / CONFIG).write_text(json.dumps(ordered, indent=2, sort_keys=True))
-
-
-def load_adapter(model: nn.Module, folder: Path) -> "PeftModel":
-    """Return `model`, changed in place, with the adapter in `folder`, in evaluation mode.
-
-    Raises:
-        SourceError: the folder holds no adapter, or one for another base.
-    """
-    from peft import LoraConfig, PeftModel
-
-    from stillroom.adapters.quantized_lora import register
-
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise SourceError(f"{folder} holds no adapter: {name} is missing")
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-        register(config)
-        with _quiet():
-            adapted: PeftModel = PeftModel.from_pretrained(model, str(folder), config=config)
-    except (ValueError, RuntimeError, KeyError) as error:
-        line = " ".join(str(error).split())[:300]
-        raise SourceError(f"the adapter in {folder} does not fit the model: {line}") from error
-    return adapted.eval()
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """Return whether any layer of `model` is kept quantized."""
-    return any(isinstance(module, QuantizedLinear) for module in model.modules())
-
-
-def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    # Quantized layers hold no parameters, by which the blocks of a dense model are found.
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and is_quantized(module):
-            return name, module
-    return find_blocks(model)
-
-
-def _linears(block: nn.Module) -> list[str]:
-    packed = [name for name, child in block.named_modules() if isinstance(child, QuantizedLinear)]
-    return [*find_linears(block), *packed]
 
 
 def _ends(full: str, ending: str) -> bool:
     return full == ending or full.endswith(f".{ending}")
 
 
-def _is_transposed(model: nn.Module, targets: list[str]) -> bool:
-    # GPT-2's Conv1D keeps its weight as (in, out); peft has to be told.
-    from transformers.pytorch_utils import Conv1D
-
-    return any(
-        isinstance(module, Conv1D) and any(_ends(name, target) for target in targets)
-        for name, module in model.named_modules()
-    )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # peft reads what transformers deprecates, and advises those who call it themselves.
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", module=r"peft(\.|$)")
-        yield
+def _features(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, nn.Linear | QuantizedLinear):
+        return layer.in_features, layer.out_features
+    weight: Any = layer.weight  # GPT-2's Conv1D
+    inputs, outputs = weight.shape
+    return inputs, outputs

@@ -1,32 +1,34 @@
 """Merge an adapter into its base: one dense model, as fast as the base alone."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-from torch import nn
-
-from stillroom.adapters.lora import is_quantized
-from stillroom.errors import MismatchError, NotFiniteError
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from stillroom.adapters.adapted_model import AdaptedModel
+from stillroom.adapters.lora import LoraAdapter
+from stillroom.adapters.options import method_of
+from stillroom.adapters.places import head_modules
+from stillroom.errors import MismatchError
 
 
-def merge_lora(adapted: "PeftModel") -> nn.Module:
+def merge_lora(adapted: AdaptedModel, name: str) -> Any:
     """Return the base, changed in place, with W + B A · alpha / rank in place of each W.
 
+    A classifier's head becomes the adapter's own. All adapters are taken off.
+
     Raises:
-        MismatchError: the base is quantized, and the sum would lie on no grid.
+        MismatchError: the adapter is no LoRA; or the base is quantized, and the sum would lie on
+            no grid.
         NotFiniteError: a merged weight is NaN or infinite.
     """
-    if is_quantized(adapted):
+    worn = adapted.worn(name)
+    if not isinstance(worn.method, LoraAdapter):
         raise MismatchError(
-            "merging needs a dense base, and this one is quantized: load it with weights='dense', "
-            "and quantize the merged model again if it must be small"
+            f"adapter {name}: a low-rank update can be merged, {method_of(worn.options)} came; "
+            "serve it beside its base"
         )
-    try:
-        merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise NotFiniteError(
-            f"merging: expected finite weights ({error}); train the adapter again"
-        ) from error
-    return merged
+    worn.method.merge(adapted.base)
+    if worn.head is not None:
+        for head, module in head_modules(adapted.base).items():
+            module.load_state_dict(worn.head.copies[head].state_dict())
+    for other in list(adapted.adapters):
+        adapted.remove(other)
+    return adapted.base

@@ -1,12 +1,12 @@
 """What a recipe may say. `Recipe` is the whole; each stage has a section of its own."""
 
+from stillroom.config.adapters import Adapter, Merge
 from stillroom.config.distillation import Cache, Distillation, Student
 from stillroom.config.loading import dump_recipe, load_recipe, validate
 from stillroom.config.quantization import Quantization
 from stillroom.config.recipe import Recipe
 from stillroom.config.section import Section
 from stillroom.config.sections import (
-    Adapter,
     Data,
     Evaluation,
     Execution,
@@ -25,6 +25,7 @@ __all__ = [
     "Evaluation",
     "Execution",
     "Gates",
+    "Merge",
     "Model",
     "Publish",
     "Quantization",

@@ -89,7 +89,7 @@ def _first_sentence(error: ValidationError) -> str:
     """Return every complaint as `field: what is wrong`, in one line."""
     complaints = []
     for item in error.errors():
-        place = ".".join(str(part) for part in item["loc"])
+        place = _place(item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "unknown key; `python -m flows schema` lists the known ones"
@@ -97,3 +97,10 @@ def _first_sentence(error: ValidationError) -> str:
             message = f"{message}, {item['input']!r} came"
         complaints.append(f"{place}: {message}" if place else message)
     return "; ".join(complaints)
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    """Return where a complaint is, as the recipe has it: adapters.0.rank."""
+    # pydantic names the chosen member of a union as if it were a level of its own.
+    unions = {i + 2 for i, part in enumerate(location) if part == "adapters"}
+    return ".".join(str(part) for i, part in enumerate(location) if i not in unions)

@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from stillroom.config.adapters import Adapter
 from stillroom.config.distillation import Distillation
 from stillroom.config.quantization import Quantization
 from stillroom.config.section import Identifier, Section
 from stillroom.config.sections import (
-    Adapter,
     Data,
     Evaluation,
     Execution,
@@ -94,6 +94,19 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _adapters_fit_the_task(self) -> "Recipe":
+        for each in self.adapters:
+            after = each.method == "p_tuning" and any(place == -1 for place, _ in each.template)
+            if after and self.task == "causal_lm":
+                raise ValueError(
+                    f"adapters.{each.name}.template: virtual tokens after the text (-1) change no "
+                    "prediction of a causal language model; put them before it, at 0"
+                )
+            if each.method == "lora" and each.merge:
+                require_mergeable(each.name, self.quantization)
+        return self
+
+    @model_validator(mode="after")
     def _batches_can_be_dealt_out(self) -> "Recipe":
         processes = self.execution.training_processes
         sections = {f"adapters.{each.name}.training": each.training for each in self.adapters}
@@ -109,3 +122,13 @@ class Recipe(Section):
                     f"multiple of {processes}, and fewer batch_rows for as many rows a step"
                 )
         return self
+
+
+def require_mergeable(name: str, quantization: Quantization | None) -> None:
+    """Refuse to merge an adapter into a base that is not quantized as it would be again."""
+    ours = quantization and quantization.engine == "stillroom" and not quantization.mixed
+    if not ours:
+        raise ValueError(
+            f"adapters.{name}.merge: expected a quantization section with engine stillroom and "
+            "without mixed; a dense base needs no merge: stillroom pull --merged makes one model"
+        )

@@ -96,27 +96,6 @@ class Data(Section):
     """Drop the training texts that hold evaluation text, or stop."""
 
 
-class Adapter(Section):
-    """A task or domain learned on top of the frozen base."""
-
-    name: Identifier
-    """Name of the adapter, in lower case, digits and dashes."""
-    method: Literal["lora"] = "lora"
-    """lora: low-rank updates beside the frozen weights."""
-    data: Data
-    """What the adapter learns, and on what it is measured."""
-    rank: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Inner width of each low-rank update."""
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    """The update is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the update's inputs dropped in training."""
-    target_modules: tuple[str, ...] | None = None
-    """Last parts of the names of the layers to adapt; absent: every linear in the blocks."""
-    training: Training = Training()
-    """How the loop runs."""
-
-
 class Evaluation(Section):
     """What is measured, and for how long."""
 

@@ -25,6 +25,7 @@ class QuantizedLinear(nn.Module):
     scales: Tensor
     g_idx: Tensor
     bias: Tensor | None
+    weight = None  # there is none; T5 asks before it multiplies
 
     def __init__(
         self,

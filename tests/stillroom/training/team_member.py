@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from stillroom.adapters.adapted_model import AdaptedModel
+from stillroom.adapters.options import LoraOptions
 from stillroom.checkpoint import FolderCheckpoints
 from stillroom.errors import NotFiniteError
 from stillroom.fine_tuning import cross_entropy, fine_tune
@@ -41,11 +43,11 @@ def model(kind: str) -> Any:
         return tiny_bert_classifier()
     if kind == "llama":
         return tiny_llama()
-    import peft
-
-    torch.manual_seed(0)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.1)
-    return peft.get_peft_model(tiny_llama(), config)
+    adapted = AdaptedModel(tiny_llama())
+    options = LoraOptions(rank=2, dropout=0.1, target_modules=("q_proj", "down_proj"))
+    adapted.add("a", options)
+    adapted.trainable("a")
+    return adapted
 
 
 class Stopped(Exception):

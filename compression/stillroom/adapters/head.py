@@ -1,0 +1,35 @@
+"""A classifier's head of an adapter's own: the base's stays as it is."""
+
+import copy
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from stillroom.adapters.part import Part
+from stillroom.adapters.places import head_modules
+from stillroom.adapters.routing import change_rows
+
+
+class TrainedHead(Part):
+    """Copies of a classifier's head modules, which stand in for them where they are worn."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.copies = nn.ModuleDict()
+        for name, module in head_modules(base).items():
+            self.copies[name] = copy.deepcopy(module).float().requires_grad_(True)
+            self.hook(module, partial(self._replace, name), with_kwargs=True)
+
+    def _replace(
+        self,
+        name: str,
+        _: nn.Module,
+        inputs: tuple[Any, ...],
+        options: dict[str, Any],
+        output: Tensor,
+    ) -> Tensor:
+        own = self.copies[name]
+        hidden = inputs[0] if inputs else next(iter(options.values()))
+        hidden = hidden.to(next(own.parameters()).dtype)
+        return change_rows(self.rows, output, lambda which: own(hidden[which]))

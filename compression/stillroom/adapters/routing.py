@@ -1,0 +1,22 @@
+"""Which rows of a batch go through an adapter, and how a layer's output is changed for them."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+Rows = Tensor | bool
+"""Indices (n,) of the rows that wear an adapter; True: all of them, False: none."""
+
+
+def change_rows(rows: Rows, output: Tensor, change: Callable[[Tensor | slice], Tensor]) -> Tensor:
+    """Return `output` (batch, …) with the rows that wear an adapter replaced.
+
+    `change(which)` returns the new values of the rows `which`, an index of the first dimension.
+    """
+    if rows is False:
+        return output
+    if rows is True:
+        return change(slice(None))
+    changed = output.clone()
+    changed[rows] = change(rows).to(output.dtype)
+    return changed
