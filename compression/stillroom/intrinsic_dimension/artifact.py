@@ -101,8 +101,8 @@ def load_base(
     """
     if "quantization_config" in read_config(folder):
         raise RecipeError(
-            f"{folder} is quantized: expected a dense base, whose numbers can be moved; measure the "
-            "dense model that it was made of"
+            f"{folder} is quantized: expected a dense base, whose numbers can be moved; measure "
+            "the dense model that it was made of"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(head_seed, "head"))

@@ -40,7 +40,7 @@ def measure_intrinsic_dimension(
 
     `load_base` gives the base afresh for each trial, a new head drawn from the trial's seed; it is
     measured on the second of `rows`. With `checkpoints` no finished trial is repeated, and the one
-    that was interrupted goes on; `fingerprint` names the base and whatever else is not in `options`.
+    that was interrupted goes on; `fingerprint` names the base and the rows.
 
     Raises:
         MismatchError: a finished trial was made with other options or another fingerprint.

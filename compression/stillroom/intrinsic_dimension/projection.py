@@ -57,10 +57,10 @@ def make_projection(kind: Kind, rows: int, columns: int, seed: int) -> Projectio
 class Fastfood(Projection):
     """Blocks √(n/D) · S H G Π H B, one below the other, cut to (D, d) (Le et al. 2013, 1408.3060).
 
-    n is the least power of two that is at least d; v is filled up with zeros to n. H is orthonormal;
-    B holds ±1, Π permutes, G is normal, and S = s / ‖G‖ with s of the chi distribution of n degrees
-    of freedom gives the rows of a block the lengths of normal ones (equation 8 there). Every
-    entry has E[P_ij²] = 1/D. O(D log d) time; 13 bytes a row of memory.
+    n is the least power of two that is at least d; v is filled up with zeros to n. H is
+    orthonormal, B holds ±1, Π permutes, G is normal, and S = s / ‖G‖ with s of the chi distribution
+    of n degrees of freedom gives the rows of a block the lengths of normal ones (section 3 there).
+    Every entry has E[P_ij²] = 1/D. O(D log d) time; 13 bytes of memory a row.
     """
 
     def __init__(self, rows: int, columns: int, seed: int) -> None:

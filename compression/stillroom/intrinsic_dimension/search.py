@@ -119,9 +119,7 @@ class Dimension:
         largest = self.curve[-1].dimension
         if self.dimension is None:
             return f"{name}: not reached with up to {largest} dimensions"
-        low, high = (
-            "not reached" if end is None else f"{end:.0f}" for end in self.interval
-        )
+        low, high = ("not reached" if end is None else f"{end:.0f}" for end in self.interval)
         at_most = "at most " if self.lowest else ""
         return (
             f"{name}: {at_most}{self.dimension:.0f} of {self.parameters} (95 % interval {low} to "
@@ -211,7 +209,7 @@ def _missing(search: Search, finished: Scores, dimensions: Sequence[int | None])
 
 
 def _bisected(search: Search, finished: Scores) -> int | None:
-    """Return the dimension to try next; None where the bracket is narrow enough or there is none."""
+    """Return the dimension to try next; None where no bracket is left that is wide enough."""
     tried = dimensions_tried(search, finished)
     fitted = isotonic(_curve(search, finished, search.seeds))
     above = [d for d, share in zip(tried, fitted, strict=True) if share >= search.share]
@@ -235,7 +233,7 @@ def _curve(search: Search, finished: Scores, seeds: Sequence[int]) -> list[float
 
 
 def _standard_error(search: Search, finished: Scores, dimension: int) -> float:
-    """Return the standard error of a mean share over seeds, full fine-tuning's mean taken as it is."""
+    """Return the standard error of a mean share over seeds, that of full fine-tuning apart."""
     start = _mean(finished, 0, search.seeds) if search.from_untrained else 0.0
     gain = _mean(finished, None, search.seeds) - start
     count = len(search.seeds)
@@ -267,6 +265,9 @@ def _percentiles(drawn: Sequence[float | None]) -> tuple[float | None, float | N
     """Return the ends of the middle 95 %; not reached counts as above every number."""
     ordered = sorted(math.inf if value is None else value for value in drawn)
     tail = (1 - COVERAGE) / 2
-    ends = [ordered[round(tail * (len(ordered) - 1))], ordered[round((1 - tail) * (len(ordered) - 1))]]
+    ends = [
+        ordered[round(tail * (len(ordered) - 1))],
+        ordered[round((1 - tail) * (len(ordered) - 1))],
+    ]
     low, high = (None if math.isinf(end) else end for end in ends)
     return low, high

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -120,10 +119,9 @@ class SubspaceModel(nn.Module):
             factors = dict(zip(scales, 1 + self.vector[directions:], strict=True))
             moved = {}
             for (name, shape), offset in zip(self.shapes.items(), offsets, strict=True):
-                if self.groups:
-                    offset = factors[self.groups[name]] * offset
+                scaled = factors[self.groups[name]] * offset if self.groups else offset
                 start = self.base.get_parameter(name)
-                moved[name] = start + offset.view(shape).to(start.dtype)
+                moved[name] = start + scaled.view(shape).to(start.dtype)
         return moved
 
 
@@ -172,9 +170,7 @@ def _refuse_quantized(base: nn.Module) -> None:
     quantized = getattr(getattr(base, "config", None), "quantization_config", None) is not None
     packed = any(isinstance(module, QuantizedLinear) for module in base.modules())
     if quantized or packed:
-        some = [name for name, module in base.named_modules() if isinstance(module, QuantizedLinear)]
         raise RecipeError(
-            "subspace: expected a dense base, a quantized one came"
-            f"{''.join(f' ({name} is packed)' for name in islice(some, 1))}; its integers cannot be "
-            "moved: measure the dense model that it was made of"
+            "subspace: expected a dense base, a quantized one came, whose integers cannot be moved; "
+            "measure the dense model that it was made of"
         )

@@ -1,7 +1,6 @@
 """One trial of a search: train a base in a subspace, or all of it, and measure it."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
