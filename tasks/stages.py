@@ -33,6 +33,8 @@ DISTILL_STUDENT = Stage("distill_student", "model", 2)
 QUANTIZE_MODEL = Stage("quantize_model", "model", 4)
 TRAIN_ADAPTER = Stage("train_adapter", "adapter", 2)
 EVALUATE_MODEL = Stage("evaluate_model", "evaluation", 2)
+RUN_TRIAL = Stage("run_trial", "trial", 1)
+FIT_DIMENSION = Stage("fit_dimension", "intrinsic-dimension", 1)
 
 STAGES = (
     IMPORT_MODEL,
@@ -44,6 +46,8 @@ STAGES = (
     QUANTIZE_MODEL,
     TRAIN_ADAPTER,
     EVALUATE_MODEL,
+    RUN_TRIAL,
+    FIT_DIMENSION,
 )
 
 

@@ -1,7 +1,8 @@
 """What a recipe may say. `Recipe` is the whole; each stage has a section of its own."""
 
 from stillroom.config.distillation import Cache, Distillation, Student
-from stillroom.config.loading import dump_recipe, load_recipe, validate
+from stillroom.config.intrinsic_dimension import DimensionSearch, IntrinsicDimension
+from stillroom.config.loading import dump_recipe, load_dimension_recipe, load_recipe, validate
 from stillroom.config.quantization import Quantization
 from stillroom.config.recipe import Recipe
 from stillroom.config.section import Section
@@ -21,10 +22,12 @@ __all__ = [
     "Adapter",
     "Cache",
     "Data",
+    "DimensionSearch",
     "Distillation",
     "Evaluation",
     "Execution",
     "Gates",
+    "IntrinsicDimension",
     "Model",
     "Publish",
     "Quantization",
@@ -34,6 +37,7 @@ __all__ = [
     "Text",
     "Training",
     "dump_recipe",
+    "load_dimension_recipe",
     "load_recipe",
     "validate",
 ]

@@ -7,7 +7,7 @@ interrupted goes on where it stopped.
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 BOOTSTRAPS = 1000
@@ -129,6 +129,14 @@ class Dimension:
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
         return asdict(self) | {"reached": self.reached}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Dimension":
+        """Return what `as_json` gave."""
+        low, high = values["interval"]
+        given = {field.name: values[field.name] for field in fields(cls)}
+        curve = tuple(Point(**point) for point in values["curve"])
+        return cls(**given | {"interval": (low, high), "curve": curve})
 
 
 def next_trials(search: Search, finished: Scores) -> list[Trial]:

@@ -171,6 +171,6 @@ def _refuse_quantized(base: nn.Module) -> None:
     packed = any(isinstance(module, QuantizedLinear) for module in base.modules())
     if quantized or packed:
         raise RecipeError(
-            "subspace: expected a dense base, a quantized one came, whose integers cannot be moved; "
+            "subspace: expected a dense base, a quantized one came: its integers cannot move; "
             "measure the dense model that it was made of"
         )
