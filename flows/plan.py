@@ -16,6 +16,7 @@ from tasks.stages import Order
 from tasks.store.store import ArtifactStore
 
 UNRESOLVED = "unresolved:"
+MOST_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def print_stages(stages: list[PlannedStage]) -> Iterator[str]:
         state = "cached" if stage.cached else "to do"
         memory = f"{stage.estimate.memory_bytes / 1e9:.1f} GB"
         time = "" if stage.cached else _minutes(stage.estimate.seconds)
-        takes = ", ".join(stage.takes) or "its source"
+        takes = _listed(stage.takes) or "its source"
         yield f"{stage.order.title:<{width}}  {key}  {state:<8}  {memory:>8}  {time:>7}  {takes}"
 
 
@@ -153,6 +154,11 @@ def _publication(recipe: Recipe) -> str:
         return "publish nothing"
     names = [recipe.publish.name, *(f"{recipe.publish.name}-{a.name}" for a in recipe.adapters)]
     return f"register {', '.join(names)} and move the alias {recipe.publish.alias}"
+
+
+def _listed(titles: tuple[str, ...]) -> str:
+    more = len(titles) - MOST_LISTED
+    return ", ".join(titles[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _minutes(seconds: float) -> str:
