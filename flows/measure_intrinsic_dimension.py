@@ -95,7 +95,8 @@ class TrialRunner:
         """
         self.open.enter_context(self.journal.store.lease(*(order.key for order in orders)))
         threads = max(1, self.threads // self.workers)
-        with ThreadPoolTaskRunner(max_workers=self.workers) as runner:
+        pool: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=self.workers)
+        with pool as runner:
             futures: list[PrefectFuture[Any]] = [
                 runner.submit(
                     run_stage,

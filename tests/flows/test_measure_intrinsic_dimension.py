@@ -25,8 +25,9 @@ from tasks.stages import as_json
 from tasks.store.record import Record
 from tasks.store.store import ArtifactStore, open_store
 from tasks.trials import search_of
-from tests.flows.terminal import Terminal, assert_refused, assert_sound
+from tests.flows.terminal import ROOT, Terminal, assert_refused, assert_sound
 
+HEAVY = {"torch", "transformers", "peft", "matplotlib", "datasets"}
 COMMAND = "measure-intrinsic-dimension"
 RECIPES = sorted(Path("deployments/recipes/intrinsic_dimension").glob("*.yaml"))
 WAIT_SECONDS = 400
@@ -46,16 +47,16 @@ RECIPE: dict[str, Any] = {
                "workers": 2},
     "execution": {"threads": 2},
 }  # fmt: skip
-# The same thread count as a trial in the flow, which gets a share of the threads.
 FLOW = """
-import sys
+import json, os, sys
+from pathlib import Path
 from tasks.settings import Settings
-import os
 os.environ.update(Settings().environment())
 from flows.measure_intrinsic_dimension import measure_intrinsic_dimension
 from stillroom.config import load_dimension_recipe
-state = measure_intrinsic_dimension(load_dimension_recipe(sys.argv[1]), return_state=True)
-print(state.result().found.as_json() == __import__("json").load(open(sys.argv[2])))
+recipe = load_dimension_recipe(Path(sys.argv[1]))
+state = measure_intrinsic_dimension(recipe, return_state=True)
+print(json.dumps(state.result().found.as_json()))
 """
 
 
@@ -173,8 +174,9 @@ def test_a_killed_search_goes_on_and_flow_command_and_library_agree(user: Termin
     assert file.with_name("curve.png").read_bytes().startswith(b"\x89PNG")
 
     assert by_library(user) == found
-    again = run(user, sys.executable, "-c", FLOW, "recipe.yaml", str(file))
-    assert again.stdout.splitlines()[-1] == "True", again.stdout + again.stderr
+    again = run(user, sys.executable, "-c", FLOW, "recipe.yaml")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert Dimension.from_json(json.loads(again.stdout.splitlines()[-1])) == found
     assert {record.key for record in user.records("trial")} == after.keys()
 
     largest = next(
@@ -184,6 +186,14 @@ def test_a_killed_search_goes_on_and_flow_command_and_library_agree(user: Termin
     )
     folder = user.store.fetch(largest, user.folder / "trained")
     load_with_base(folder, user.folder / "encoder", task="sequence_classification")
+
+
+def test_flow_is_imported_without_what_only_stages_need() -> None:
+    ask = f"import flows.measure_intrinsic_dimension, sys; print({HEAVY} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

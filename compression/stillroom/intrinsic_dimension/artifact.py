@@ -153,7 +153,7 @@ def values_sha256(model: SubspaceModel) -> str:
     digest = hashlib.sha256()
     for name in model.shapes:
         value = model.base.get_parameter(name).detach().cpu().contiguous()
-        digest.update(value.view(-1).view(torch.uint8).numpy())
+        digest.update(value.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -129,28 +129,45 @@ class Sparse(Projection):
         place = _sparse_places(rows, columns, generator)
         signs = torch.randint(0, 2, place.shape, generator=generator) * 2.0 - 1.0
         values = signs / rows**0.25  # √(D p) = D^(1/4)
-        for name, value in zip(
-            ("starts", "places", "values"), _compressed(place, values, rows, columns), strict=True
-        ):
-            self.register_buffer(name, value, persistent=False)
         flipped = place % columns * rows + place // columns
         order = flipped.argsort()
-        for name, value in zip(
-            ("starts_t", "places_t", "values_t"),
-            _compressed(flipped[order], values[order], columns, rows),
-            strict=True,
-        ):
-            self.register_buffer(name, value, persistent=False)
+        self.matrix = Compressed(place, values, rows, columns)
+        self.transposed = Compressed(flipped[order], values[order], columns, rows)
 
     def product(self, vector: Tensor) -> Tensor:
         """Return P v (rows,) of v (columns,), in float32."""
-        size = (self.rows, self.columns)
-        return _csr(self.starts, self.places, self.values, size) @ vector.float()
+        return self.matrix.product(vector)
 
     def transposed_product(self, gradient: Tensor) -> Tensor:
         """Return Pᵀ g (columns,) of g (rows,), in float32."""
-        size = (self.columns, self.rows)
-        return _csr(self.starts_t, self.places_t, self.values_t, size) @ gradient.float()
+        return self.transposed.product(gradient)
+
+
+class Compressed(nn.Module):
+    """A sparse matrix by rows (CSR): `places` row · columns + column of its `values`, ascending."""
+
+    def __init__(self, places: Tensor, values: Tensor, rows: int, columns: int) -> None:
+        super().__init__()
+        self.shape = (rows, columns)
+        counts = torch.bincount(places // columns, minlength=rows)
+        starts = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
+        self.register_buffer("starts", starts.int(), persistent=False)
+        self.register_buffer("columns", (places % columns).int(), persistent=False)
+        self.register_buffer("values", values, persistent=False)
+        self.starts: Tensor
+        self.columns: Tensor
+        self.values: Tensor
+
+    def product(self, vector: Tensor) -> Tensor:
+        """Return the product (rows,) with a vector (columns,), in float32."""
+        with warnings.catch_warnings():
+            # "Sparse CSR tensor support is in beta state": the products are tested here.
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+            matrix = torch.sparse_csr_tensor(
+                self.starts, self.columns, self.values, self.shape, check_invariants=False
+            )
+        product: Tensor = matrix @ vector.float()
+        return product
 
 
 def _parts(blocks: int, size: int) -> list[slice]:
@@ -198,19 +215,3 @@ def _sparse_places(rows: int, columns: int, generator: torch.Generator) -> Tenso
         count = max(16, count // 8)
     places = torch.cat(found)
     return places[places < total]
-
-
-def _compressed(
-    place: Tensor, values: Tensor, rows: int, columns: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where each row starts (rows + 1,), the columns and the values of its entries."""
-    counts = torch.bincount(place // columns, minlength=rows)
-    starts = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
-    return starts.int(), (place % columns).int(), values
-
-
-def _csr(starts: Tensor, places: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
-    with warnings.catch_warnings():
-        # "Sparse CSR tensor support is in beta state": the products are tested here.
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
-        return torch.sparse_csr_tensor(starts, places, values, size, check_invariants=False)

@@ -114,8 +114,9 @@ class SubspaceModel(nn.Module):
         directions = self.options.dimension - len(scales)
         # P is float32, whatever a forward pass is cast to.
         with torch.autocast(self.vector.device.type, enabled=False):
-            flat: Tensor = _Product.apply(self.vector[:directions], self.projection)
-            offsets = flat.split([shape.numel() for shape in self.shapes.values()])
+            apply: Any = _Product.apply
+            flat: Tensor = apply(self.vector[:directions], self.projection)
+            offsets = torch.split(flat, [shape.numel() for shape in self.shapes.values()])
             factors = dict(zip(scales, 1 + self.vector[directions:], strict=True))
             moved = {}
             for (name, shape), offset in zip(self.shapes.items(), offsets, strict=True):

@@ -86,11 +86,11 @@ def test_columns_are_nearly_orthogonal() -> None:
 def test_sparse_entries_are_as_many_as_their_density_says() -> None:
     rows, columns = 10_000, 300
     projection = make_projection("sparse", rows, columns, 0)
-    count = len(projection.values)
+    count = len(projection.matrix.values)
     expected = rows * columns / math.sqrt(rows)
     assert abs(count - expected) < 5 * math.sqrt(expected)
-    torch.testing.assert_close(projection.values.abs(), torch.full((count,), 0.1))
-    assert abs(projection.values.sign().mean()) < 5 / math.sqrt(count)
+    torch.testing.assert_close(projection.matrix.values.abs(), torch.full((count,), 0.1))
+    assert abs(projection.matrix.values.sign().mean()) < 5 / math.sqrt(count)
 
 
 @pytest.mark.parametrize("kind", KINDS)
