@@ -129,6 +129,8 @@ def _measure_dimension(options: argparse.Namespace) -> int:
         raise StillroomError(state.message or f"the run ended as {state.name}")
     outcome = state.result()
     print(f"\n{outcome.table}\n\n{outcome.summary}")
+    for uri in outcome.versions:
+        print(f"  load it: mlflow.pyfunc.load_model({uri!r})")
     print(f"curve and plot: {outcome.folder}\nMLflow: {outcome.mlflow}")
     return 0
 

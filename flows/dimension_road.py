@@ -1,8 +1,9 @@
 """The road of a search for the intrinsic dimension: planning and running walk the same."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Generic
 
 from flows.orders import A, Orders
 from flows.plan import Planned, PlannedStage, print_stages, print_total, resolve_or_leave
@@ -12,13 +13,24 @@ from tasks.stages import Order, as_json
 from tasks.store.store import ArtifactStore
 from tasks.trials import search_of
 
+
+@dataclass(frozen=True)
+class Searched(Generic[A]):
+    """What a search leaves behind: what they come to, and the finished trials with their scores."""
+
+    base: A
+    found: A
+    trials: dict[Trial, A]
+    scores: dict[Trial, float]
+
+
 DoAll = Callable[[Sequence[Order], dict[str, A]], list[A]]
 Score = Callable[[A], float | None]
 
 
 def walk_search(
     recipe: IntrinsicDimension, orders: Orders[A], do_all: DoAll[A], score: Score[A]
-) -> A | None:
+) -> Searched[A] | None:
     """Order a search round by round, a round's trials together; return what they come to.
 
     None where a score is not known yet, so that the rounds after it are not either.
@@ -37,7 +49,8 @@ def walk_search(
         scores |= {trial: value for trial, value in known.items() if value is not None}
         if len(scores) < len(finished):
             return None
-    return orders.fit_dimension(recipe.search, finished)
+    found = orders.fit_dimension(recipe.search, finished)
+    return Searched(base, found, finished, scores)
 
 
 def plan_search(
@@ -75,5 +88,6 @@ def print_search(
             "then: dimensions between the last that fails and the first that reaches, "
             f"{search.seeds} trials each, until they are within a factor of {search.tolerance:g}"
         )
-    yield "then: write the report"
+    register = f", register {recipe.publish.name}-subspace" if recipe.publish else ""
+    yield "then: write the report" + register
     yield print_total(stages)

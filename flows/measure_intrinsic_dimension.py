@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -17,9 +18,11 @@ from flows.plan import resolve_source
 from stillroom.config import IntrinsicDimension
 from stillroom.errors import StageError, StillroomError
 from stillroom.hardware import threads_here
+from stillroom.intrinsic_dimension.search import best_trial
 from tasks.dimension_report import DimensionOutcome, write_dimension_report
 from tasks.explain import explain
 from tasks.journal import Journal
+from tasks.publish import register_subspace
 from tasks.run_stage import run_stage
 from tasks.stages import Order
 from tasks.store.record import Record
@@ -54,9 +57,14 @@ def search(recipe: IntrinsicDimension) -> DimensionOutcome:
     """
     with Journal.begin(recipe) as journal, TrialRunner(recipe, journal) as runner:
         orders = Orders(recipe.shared_part(), cache(resolve_source), runner)
-        found = walk_search(recipe, orders, runner.all, lambda record: record.metrics["score"])
-        assert found is not None  # a finished trial has its score
-        return write_dimension_report(recipe, found, journal)
+        searched = walk_search(recipe, orders, runner.all, lambda record: record.metrics["score"])
+        assert searched is not None  # a finished trial has its score
+        outcome = write_dimension_report(recipe, searched.found, journal)
+        best = best_trial(outcome.found, searched.scores)
+        if recipe.publish is None or best is None:
+            return outcome
+        versions = register_subspace(recipe, searched.base, searched.trials[best], journal)
+        return replace(outcome, versions=tuple(version.uri for version in versions))
 
 
 class TrialRunner:

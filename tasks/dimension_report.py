@@ -26,6 +26,7 @@ class DimensionOutcome:
     found: Dimension
     folder: str
     mlflow: str
+    versions: tuple[str, ...] = ()
 
 
 @task(

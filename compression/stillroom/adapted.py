@@ -30,6 +30,20 @@ def join_base(adapter: Path, base: Path) -> None:
             link.symlink_to(up / relative / path.relative_to(base))
 
 
+def merge_subspace_into(base: Path, adapter: Path, task: Task, folder: Path) -> None:
+    """Write base and trained subspace into `folder` as one dense float32 model.
+
+    Raises:
+        SourceError: the base or the subspace cannot be loaded.
+        MismatchError: the subspace was trained on another base.
+    """
+    from stillroom.intrinsic_dimension.artifact import load_with_base
+    from stillroom.models import load_tokenizer, save_model
+
+    merged = cast("PreTrainedModel", load_with_base(adapter, base, task=task).merged())
+    save_model(merged, load_tokenizer(base), folder)
+
+
 def merge_into(base: Path, adapter: Path, task: Task, folder: Path) -> None:
     """Write base and adapter into `folder` as one dense float32 model.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillroom.adapted import join_base, merge_into
+from stillroom.adapted import join_base, merge_into, merge_subspace_into
 from stillroom.contents import LISTING, BaseReference, Contents, read_contents, verify_files
 from stillroom.errors import (
     MismatchError,
@@ -18,6 +18,7 @@ from stillroom.errors import (
     StoreError,
     StoreUnreachableError,
 )
+from stillroom.intrinsic_dimension.folders import is_subspace
 from stillroom.redaction import redact
 
 # How MLflow words a request that got no answer; its error codes do not tell.
@@ -43,8 +44,9 @@ def pull(
     A base becomes a plain checkpoint. An adapter becomes `folder/base`, a plain checkpoint, and
     `folder/adapter`, the adapter with links to the base's files: `from_pretrained` on it loads both
     from wherever the folder lies. Its config names `../base`, which peft's own loaders read
-    relative to the working directory, not to the adapter. With `merged`, an adapter becomes one
-    dense model in `folder`.
+    relative to the working directory, not to the adapter. A trained subspace has no links:
+    `stillroom.intrinsic_dimension.artifact.load_with_base` loads it. With `merged`, an adapter
+    becomes one dense model in `folder`.
 
     Args:
         model_uri: models:/NAME@ALIAS or models:/NAME/VERSION.
@@ -82,10 +84,13 @@ def _assemble(client: Any, version: Version, part: Path, *, merged: bool) -> Pat
     whole.mkdir()
     (part / "own").rename(whole / "adapter")
     fetch_base(client, contents.base, whole / "base")
+    subspace = is_subspace(whole / "adapter")
     if merged:
-        merge_into(whole / "base", whole / "adapter", contents.task, part / "merged")
+        merge = merge_subspace_into if subspace else merge_into
+        merge(whole / "base", whole / "adapter", contents.task, part / "merged")
         return part / "merged"
-    join_base(whole / "adapter", whole / "base")
+    if not subspace:
+        join_base(whole / "adapter", whole / "base")
     return whole
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stillroom.contents import Contents, read_contents
-from stillroom.errors import MismatchError, RecipeError
+from stillroom.errors import MismatchError, RecipeError, SourceError
+from stillroom.intrinsic_dimension.folders import is_subspace
 from stillroom.llama_engine import GGUF_FILE, LlamaCppModel, has_llama_cpp
 
 # The code file of every registered version.
@@ -78,6 +79,10 @@ class ServedModel:
         self.contents = contents
         self.engine = choose_engine(self.config, folder, contents)
         load = self._load if contents.base is None else self._load_adapted
+        if is_subspace(folder):
+            load = self._load_subspace
+        elif contents.base is None and contents.task == "sequence_classification":
+            require_label_head(folder)
         self.model, self.tokenizer = (
             self._load_gguf(folder) if self.engine == "llama.cpp" else load(folder)
         )
@@ -138,6 +143,22 @@ class ServedModel:
             fetch_base(open_client(), self.contents.base, base)
             model, tokenizer = self._load(base)
         return load_adapter(model, adapter).to(self.config["device"]).eval(), tokenizer
+
+    def _load_subspace(self, adapter: Path) -> tuple[Any, Any]:
+        import torch
+
+        from stillroom.intrinsic_dimension.artifact import load_with_base
+        from stillroom.models import load_tokenizer
+        from stillroom.pull import fetch_base, open_client
+
+        assert self.contents.base is not None
+        with tempfile.TemporaryDirectory() as scratch:
+            base = Path(scratch) / "base"
+            fetch_base(open_client(), self.contents.base, base)
+            moved = load_with_base(adapter, base, task=self.contents.task).merged()
+            tokenizer = load_tokenizer(base)
+        dtype = getattr(torch, self.config["dtype"])
+        return moved.to(self.config["device"], dtype).eval(), tokenizer
 
     def _generate(self, texts: list[str], max_new_tokens: int) -> Any:
         import pandas
@@ -310,3 +331,19 @@ def texts_of(model_input: Any) -> list[str]:
         came = f"{type(wrong[0]).__name__}" if wrong else "an empty table"
         raise MismatchError(f"expected a column `text` or a list of texts; {came} came")
     return texts
+
+
+def require_label_head(folder: Path) -> None:
+    """Refuse a bare encoder, whose classes would be named by a head of random weights.
+
+    Raises:
+        SourceError: it is one.
+    """
+    from stillroom.models import read_config
+
+    name = (read_config(folder).get("architectures") or [""])[0]
+    if name.endswith("Model"):
+        raise SourceError(
+            f"this version holds a {name}, which has no head that names classes: load an adapter "
+            "that was registered on it"
+        )

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from flows.dimension_road import plan_search, print_search
 from stillroom.config import dump_recipe, load_dimension_recipe
@@ -20,6 +21,8 @@ from stillroom.intrinsic_dimension.artifact import load_base, load_with_base
 from stillroom.intrinsic_dimension.measure import measure_intrinsic_dimension
 from stillroom.intrinsic_dimension.search import Dimension
 from stillroom.intrinsic_dimension.trial import TrialOptions
+from stillroom.models import load_model
+from stillroom.pull import pull
 from stillroom.training.options import TrainingOptions
 from tasks.stages import as_json
 from tasks.store.record import Record
@@ -46,6 +49,7 @@ RECIPE: dict[str, Any] = {
     "search": {"min_dimension": 4, "max_dimension": 512, "grid_points": 2, "tolerance": 100,
                "workers": 2},
     "execution": {"threads": 2},
+    "publish": {"name": "tiny-encoder"},
 }  # fmt: skip
 FLOW = """
 import json, os, sys
@@ -57,6 +61,14 @@ from stillroom.config import load_dimension_recipe
 recipe = load_dimension_recipe(Path(sys.argv[1]))
 state = measure_intrinsic_dimension(recipe, return_state=True)
 print(json.dumps(state.result().found.as_json()))
+"""
+SERVE = """
+import json, sys
+import mlflow
+mlflow.set_tracking_uri(sys.argv[2])
+model = mlflow.pyfunc.load_model(sys.argv[1])
+texts = ["abcde" * 5, "uvwxy" * 5]
+print(json.dumps(list(model.predict(texts)["label"])))
 """
 
 
@@ -126,8 +138,6 @@ def kill_after(user: Terminal, trials: int) -> dict[str, Record]:
 
 def by_library(user: Terminal) -> Dimension:
     """Measure the same with the library alone, one trial after the other."""
-    import torch
-
     recipe = load_dimension_recipe(user.folder / "recipe.yaml")
     (prepared,) = user.records("dataset")
     data = load_prepared(user.store.fetch(prepared, user.folder / "prepared"))
@@ -179,13 +189,24 @@ def test_a_killed_search_goes_on_and_flow_command_and_library_agree(user: Termin
     assert Dimension.from_json(json.loads(again.stdout.splitlines()[-1])) == found
     assert {record.key for record in user.records("trial")} == after.keys()
 
-    largest = next(
-        record
-        for record in after.values()
-        if record.section["trial"] == {"dimension": 512, "seed": 0}
+    # The base and the subspace, once each, although three runs registered them.
+    assert user.versions() == 2
+    uri = "models:/tiny-encoder-subspace@champion"
+    tracking = f"sqlite:///{user.home / 'mlflow.db'}"
+    pull(uri, user.folder / "pulled", tracking_uri=tracking)
+    pull(uri, user.folder / "merged", merged=True, tracking_uri=tracking)
+    task = "sequence_classification"
+    moved = load_with_base(
+        user.folder / "pulled" / "adapter", user.folder / "pulled" / "base", task=task
     )
-    folder = user.store.fetch(largest, user.folder / "trained")
-    load_with_base(folder, user.folder / "encoder", task="sequence_classification")
+    merged = load_model(user.folder / "merged", task=task)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(moved(input_ids=ids).logits, merged(input_ids=ids).logits)
+    answer = json.loads(
+        run(user, sys.executable, "-c", SERVE, uri, tracking).stdout.splitlines()[-1]
+    )
+    assert answer == ["low", "high"]
 
 
 def test_flow_is_imported_without_what_only_stages_need() -> None:

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from stillroom.config.recipe import Recipe
 from stillroom.config.section import Count, Identifier, Section
-from stillroom.config.sections import Data, Execution, Model
+from stillroom.config.sections import Data, Execution, Model, Publish
 from stillroom.config.training import Training
 
 SUBSPACE_RATE = 0.01
@@ -58,6 +58,9 @@ class IntrinsicDimension(Section):
     """How training in a subspace runs; its learning rate has to be higher."""
     search: DimensionSearch = DimensionSearch()
     """Where the dimension is looked for."""
+    publish: Publish | None = None
+    """Where the base is registered, and as name-subspace the best trained subspace of the least
+    dimension that reaches; absent, or where none reaches: it is only measured."""
     execution: Execution = Execution()
     """On what the trials run."""
 

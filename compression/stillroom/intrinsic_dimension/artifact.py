@@ -11,13 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stillroom.errors import CorruptedError, MismatchError, RecipeError, SourceError
+from stillroom.intrinsic_dimension.folders import CONFIG, METHOD
 from stillroom.intrinsic_dimension.subspace import SubspaceModel, SubspaceOptions
 from stillroom.models import Task, load_pretrained, read_config
 from stillroom.training.options import derived_seed
 
 WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-METHOD = "subspace"
 
 
 def save_subspace(

@@ -187,6 +187,15 @@ def conclude(search: Search, finished: Scores, size: ModelSize, *, seed: int = 0
     )
 
 
+def best_trial(found: Dimension, finished: Scores) -> Trial | None:
+    """Return the best trial of the least dimension whose mean reaches; None where none does."""
+    reaching = [point.dimension for point in found.curve if point.fitted >= found.share]
+    if not reaching:
+        return None
+    same = [trial for trial in finished if trial.dimension == reaching[0]]
+    return max(same, key=lambda trial: finished[trial])
+
+
 def dimensions_tried(search: Search, finished: Scores) -> list[int]:
     """Return the dimensions at which every seed has finished, ascending."""
     every = {trial.dimension for trial in finished if trial.dimension}
