@@ -170,6 +170,20 @@ def test_the_one_loop_trains_it_and_a_resumed_run_ends_the_same(kind: str, tmp_p
     assert torch.equal(resumed.vector, whole.vector)
 
 
+def test_half_precision_leaves_the_projection_in_full() -> None:
+    rows, training = token_rows(), replace(TRAINING, dtype="bfloat16")
+    model = SubspaceModel(tiny_llama(), OPTIONS)
+    whole = SubspaceModel(tiny_llama(), OPTIONS)
+    history = fine_tune(model, rows, training)
+    assert history.loss == pytest.approx(fine_tune(whole, rows, TRAINING).loss, rel=0.02)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cast = model.eval().moved_parameters()
+    model.train()
+    with torch.no_grad():
+        plain = model.eval().moved_parameters()
+    assert all(torch.equal(cast[name], plain[name]) for name in plain)
+
+
 def test_what_is_kept_in_evaluation_follows_the_vector() -> None:
     rows = token_rows()
     model = SubspaceModel(tiny_llama(), OPTIONS).eval()
