@@ -17,8 +17,11 @@ from stillroom.intrinsic_dimension.hadamard import next_power_of_two, transform
 
 Kind = Literal["fastfood", "sparse"]
 
-# Blocks are gone through in parts of so many numbers, so that what lies between stays small.
-PART = 1 << 20
+# Blocks are gone through in parts of so many numbers, which stay in a processor's cache.
+PART = 1 << 18
+# Drawn in parts of so many, so that the keys that are sorted take little memory. It decides what
+# a seed stands for.
+DRAWN = 1 << 20
 
 
 class Projection(nn.Module):
@@ -72,7 +75,7 @@ class Fastfood(Projection):
         generator = torch.Generator().manual_seed(seed)
         signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
         permutation = torch.empty(shape, dtype=torch.int32)
-        for part in _parts(*shape):
+        for part in _parts(*shape, DRAWN):
             permutation[part] = _permutations(permutation[part].shape, generator)
         normal = torch.randn(shape, generator=generator)
         lengths = _chi(shape, generator) / normal.norm(dim=1, keepdim=True)
@@ -93,7 +96,7 @@ class Fastfood(Projection):
         """Return P v (rows,) of v (columns,), in float32."""
         filled = nn.functional.pad(vector.float(), (0, self.size - self.columns)) * self.scale
         blocks = torch.empty_like(self.normal)
-        for part in _parts(*blocks.shape):
+        for part in _parts(*blocks.shape, PART):
             mixed = transform(self.signs[part] * filled)
             mixed = mixed.gather(1, self.permutation[part].long()).mul_(self.normal[part])
             torch.mul(transform(mixed), self.lengths[part], out=blocks[part])
@@ -102,7 +105,7 @@ class Fastfood(Projection):
     def transposed_product(self, gradient: Tensor) -> Tensor:
         """Return Pᵀ g (columns,) of g (rows,), in float32."""
         total = torch.zeros(self.size, device=gradient.device)
-        for part in _parts(*self.normal.shape):
+        for part in _parts(*self.normal.shape, PART):
             given = self._blocks_of(gradient, part)
             mixed = transform(given * self.lengths[part]).mul_(self.normal[part])
             place = self.permutation[part].long()
@@ -170,8 +173,8 @@ class Compressed(nn.Module):
         return product
 
 
-def _parts(blocks: int, size: int) -> list[slice]:
-    step = max(1, PART // size)
+def _parts(blocks: int, size: int, numbers: int) -> list[slice]:
+    step = max(1, numbers // size)
     return [slice(at, min(at + step, blocks)) for at in range(0, blocks, step)]
 
 

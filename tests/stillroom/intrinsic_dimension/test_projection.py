@@ -54,15 +54,13 @@ def test_blocks_are_the_product_of_their_explicit_factors() -> None:
 
 
 def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = dense("fastfood", 300, 10)
-    monkeypatch.setattr(module, "PART", 32)
-    # Drawing goes by parts too, so only the products are compared.
     projection = Fastfood(300, 10, 0)
-    vector = torch.randn(10)
-    parts = projection.product(vector)
-    monkeypatch.setattr(module, "PART", 1 << 20)
-    torch.testing.assert_close(projection.product(vector), parts)
-    assert not torch.equal(whole, torch.zeros_like(whole))
+    vector, gradient = torch.randn(10), torch.randn(300)
+    whole = projection.product(vector), projection.transposed_product(gradient)
+    monkeypatch.setattr(module, "PART", 32)
+    again = Fastfood(300, 10, 0)
+    torch.testing.assert_close(again.product(vector), whole[0])
+    torch.testing.assert_close(again.transposed_product(gradient), whole[1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
