@@ -45,7 +45,7 @@ RECIPE: dict[str, Any] = {
         "calibration_rows": 1,
     },
     "full": {"steps": 60, "batch_rows": 8, "learning_rate": 0.003},
-    "subspace": {"steps": 60, "batch_rows": 8, "learning_rate": 0.1},
+    "subspace": {"steps": 60, "batch_rows": 8, "learning_rate": 0.015},
     "search": {"min_dimension": 4, "max_dimension": 512, "grid_points": 2, "tolerance": 100,
                "workers": 2},
     "execution": {"threads": 2},

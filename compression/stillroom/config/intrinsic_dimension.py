@@ -9,8 +9,6 @@ from stillroom.config.section import Count, Identifier, Section
 from stillroom.config.sections import Data, Execution, Model, Publish
 from stillroom.config.training import Training
 
-SUBSPACE_RATE = 0.01
-
 
 class DimensionSearch(Section):
     """Where the dimension is looked for, and what a trial in a subspace is."""
@@ -54,8 +52,10 @@ class IntrinsicDimension(Section):
     """What it learns, and the held-out rows that trials are compared on."""
     full: Training = Training(learning_rate=3e-4)
     """How full fine-tuning runs, of which a share is to be reached."""
-    subspace: Training = Training(learning_rate=SUBSPACE_RATE)
-    """How training in a subspace runs; its learning rate has to be higher."""
+    subspace: Training = Training(learning_rate=1e-3)
+    """How training in a subspace of d dimensions runs. Its learning rate is that of a step in all D
+    parameters: at one rate steps are as long as full fine-tuning's, whatever d is (the d numbers
+    get √(D / d) times as much)."""
     search: DimensionSearch = DimensionSearch()
     """Where the dimension is looked for."""
     publish: Publish | None = None

@@ -1,5 +1,6 @@
 """One trial of a search: train a base in a subspace, or all of it, and measure it."""
 
+import math
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -27,7 +28,9 @@ ACCURACY = "held_out_accuracy"
 class TrialOptions:
     """What all trials of a search share; a trial's seed takes the place of those in the options.
 
-    `full` trains all parameters, `subspace` the d numbers, whose rate has to be higher.
+    `full` trains all parameters, `subspace` the d numbers. The latter's learning rate is that of
+    the step in θ (D,): the d numbers get √(D / d) times as much, so that at one rate AdamW's first
+    steps are as long in θ whatever d is, and as long as those of all parameters.
     """
 
     full: TrainingOptions
@@ -75,7 +78,7 @@ def run_trial(
     size = ModelSize(parameters, lora_parameters_a_rank(base))
     model, training = base, replace(options.full, seed=trial.seed)
     if trial.dimension:
-        training = replace(options.subspace, seed=trial.seed)
+        training = _as_long_in_all(options.subspace, trial, parameters)
         model = SubspaceModel(base, _subspace(trial, options))
     history = TrainingHistory()
     if trial.dimension == 0:
@@ -92,6 +95,13 @@ def run_trial(
         )
         figures = history.kept()
     return Outcome(score_of(figures, _task(train_rows)), figures, history, model.eval(), size)
+
+
+def _as_long_in_all(training: TrainingOptions, trial: Trial, parameters: int) -> TrainingOptions:
+    assert trial.dimension
+    # AdamW moves each number by about the rate, and P keeps lengths: √d of it in θ, not √D.
+    rate = training.learning_rate * math.sqrt(parameters / trial.dimension)
+    return replace(training, seed=trial.seed, learning_rate=rate)
 
 
 def score_of(figures: dict[str, float], task: Task) -> float:

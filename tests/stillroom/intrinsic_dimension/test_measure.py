@@ -1,7 +1,9 @@
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from stillroom.checkpoint import FolderCheckpoints
 from stillroom.errors import DataError, MismatchError
@@ -9,13 +11,14 @@ from stillroom.intrinsic_dimension import measure as module
 from stillroom.intrinsic_dimension.measure import measure_intrinsic_dimension
 from stillroom.intrinsic_dimension.plot import write_plot
 from stillroom.intrinsic_dimension.search import Search, Trial
+from stillroom.intrinsic_dimension.subspace import SubspaceModel
 from stillroom.intrinsic_dimension.trial import TrialOptions, run_trial
 from stillroom.training.options import TrainingOptions
 from tests.stillroom.rows import labelled_rows, token_rows
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
 
 TRAINING = TrainingOptions(steps=40, batch_rows=8, learning_rate=3e-3, checkpoint_every_steps=5)
-OPTIONS = TrialOptions(TRAINING, replace(TRAINING, learning_rate=0.1))
+OPTIONS = TrialOptions(TRAINING, replace(TRAINING, learning_rate=0.01))
 SEARCH = Search(min_dimension=2, max_dimension=128, grid_points=3, tolerance=2.5, seeds=(0, 1))
 ROWS = (labelled_rows(48, 8, vocab=8), labelled_rows(24, 8, seed=1, vocab=8))
 
@@ -100,3 +103,18 @@ def test_a_language_model_is_measured_from_its_untrained_base(tmp_path: Path) ->
 def test_held_out_rows_are_needed() -> None:
     with pytest.raises(DataError, match="expected some, got none"):
         run_trial(Trial(2, 0), tiny_llama(), (token_rows(), token_rows(0)), OPTIONS)
+
+
+def test_first_steps_are_as_long_in_all_parameters_whatever_the_dimension() -> None:
+    once = TrainingOptions(steps=1, batch_rows=8, learning_rate=1e-3, schedule="constant")
+    options = TrialOptions(once, once)
+    for dimension in (16, 512):
+        base = tiny_bert_classifier()
+        start = {name: value.detach().clone() for name, value in base.named_parameters()}
+        model = run_trial(Trial(dimension, 0), base, ROWS, options).model
+        assert isinstance(model, SubspaceModel)
+        with torch.no_grad():
+            moved = model.moved_parameters()
+        squares = sum(float((moved[name] - start[name]).square().sum()) for name in start)
+        # AdamW's first step moves each number by the rate.
+        assert math.sqrt(squares) == pytest.approx(1e-3 * math.sqrt(model.size), rel=0.2)
