@@ -1,14 +1,14 @@
 """Measure a model's intrinsic dimension on a task: a flow, read from top to bottom."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
-from prefect.futures import PrefectFuture
+from prefect.futures import PrefectFuture, as_completed
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -102,24 +102,37 @@ class TrialRunner:
             StillroomError: one could not be made; those that had begun were ended first.
         """
         self.open.enter_context(self.journal.store.lease(*(order.key for order in orders)))
-        threads = max(1, self.threads // self.workers)
         pool: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=self.workers)
         with pool as runner:
-            futures: list[PrefectFuture[Any]] = [
-                runner.submit(
-                    run_stage,
-                    {
-                        "order": order,
-                        "records": artifacts,
-                        "threads": threads,
-                        "journal": self.journal,
-                    },
-                )
-                for order in orders
-            ]
-            for future in futures:
-                future.wait()
-        return [_record(o, future.state) for o, future in zip(orders, futures, strict=True)]
+            submit = partial(self._submit, runner, artifacts)
+            states = _side_by_side(orders, submit, self.workers)
+        return [_record(order, states[order.key]) for order in orders if order.key in states]
+
+    def _submit(
+        self, runner: "ThreadPoolTaskRunner[Any]", artifacts: dict[str, Record], order: Order
+    ) -> PrefectFuture[Any]:
+        threads = max(1, self.threads // self.workers)
+        parameters = {"order": order, "records": artifacts, "threads": threads}
+        return runner.submit(run_stage, parameters | {"journal": self.journal})
+
+
+def _side_by_side(
+    orders: Sequence[Order], submit: Callable[[Order], PrefectFuture[Any]], workers: int
+) -> "dict[str, State[Any]]":
+    """Return how orders ended, by key; after one has failed those not begun are left."""
+    waiting, running = list(orders), dict[PrefectFuture[Any], str]()
+    states: dict[str, State[Any]] = {}
+    while running or waiting:
+        while waiting and len(running) < workers:
+            order = waiting.pop(0)
+            running[submit(order)] = order.key
+        future = next(iter(as_completed(list(running))))
+        future.wait()  # sets its state
+        key = running.pop(future)
+        states[key] = future.state
+        if states[key].is_failed():
+            waiting.clear()
+    return states
 
 
 def _record(order: Order, state: "State[Any]") -> Record:

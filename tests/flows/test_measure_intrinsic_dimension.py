@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -271,3 +273,33 @@ def test_a_quantized_model_is_refused_in_one_line(user: Terminal) -> None:
     values = json.loads(config.read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     config.write_text(json.dumps(values))
     assert_refused(user.type(COMMAND, "recipe.yaml"), "quantized", "dense")
+
+
+@dataclass(eq=False)
+class Future:
+    """A task that ends at once, as Prefect's futures look from outside."""
+
+    state: SimpleNamespace
+
+    _final_state = True
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("workers", "begun"), [(1, 2), (2, 3)])
+def test_after_a_failure_no_further_trial_begins(workers: int, begun: int) -> None:
+    from flows.measure_intrinsic_dimension import _side_by_side
+
+    orders = [SimpleNamespace(key=key) for key in "abcdef"]
+    submitted = []
+
+    def submit(order: SimpleNamespace) -> Future:
+        submitted.append(order.key)
+        return Future(SimpleNamespace(is_failed=lambda: order.key == "b"))
+
+    states = _side_by_side(orders, submit, workers)
+    assert states.keys() == set(submitted)
+    assert begun <= len(submitted) <= begun + 1
+    everything = _side_by_side([orders[0], *orders[2:]], submit, workers)
+    assert everything.keys() == set("acdef")

@@ -7,6 +7,7 @@ as long as the step in θ that it stands for (Li et al. 2018, 1804.08838, sectio
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -75,7 +76,7 @@ class Fastfood(Projection):
         generator = torch.Generator().manual_seed(seed)
         signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
         permutation = torch.empty(shape, dtype=torch.int32)
-        for part in _parts(*shape, DRAWN):
+        for part in _parts(shape, DRAWN):
             permutation[part] = _permutations(permutation[part].shape, generator)
         normal = torch.randn(shape, generator=generator)
         lengths = _chi(shape, generator) / normal.norm(dim=1, keepdim=True)
@@ -96,7 +97,7 @@ class Fastfood(Projection):
         """Return P v (rows,) of v (columns,), in float32."""
         filled = nn.functional.pad(vector.float(), (0, self.size - self.columns)) * self.scale
         blocks = torch.empty_like(self.normal)
-        for part in _parts(*blocks.shape, PART):
+        for part in _parts(blocks.shape, PART):
             mixed = transform(self.signs[part] * filled)
             mixed = mixed.gather(1, self.permutation[part].long()).mul_(self.normal[part])
             torch.mul(transform(mixed), self.lengths[part], out=blocks[part])
@@ -105,7 +106,7 @@ class Fastfood(Projection):
     def transposed_product(self, gradient: Tensor) -> Tensor:
         """Return Pᵀ g (columns,) of g (rows,), in float32."""
         total = torch.zeros(self.size, device=gradient.device)
-        for part in _parts(*self.normal.shape, PART):
+        for part in _parts(self.normal.shape, PART):
             given = self._blocks_of(gradient, part)
             mixed = transform(given * self.lengths[part]).mul_(self.normal[part])
             place = self.permutation[part].long()
@@ -173,7 +174,8 @@ class Compressed(nn.Module):
         return product
 
 
-def _parts(blocks: int, size: int, numbers: int) -> list[slice]:
+def _parts(shape: Sequence[int], numbers: int) -> list[slice]:
+    blocks, size = shape
     step = max(1, numbers // size)
     return [slice(at, min(at + step, blocks)) for at in range(0, blocks, step)]
 
