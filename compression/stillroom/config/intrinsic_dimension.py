@@ -52,7 +52,7 @@ class IntrinsicDimension(Section):
     """What it learns, and the held-out rows that trials are compared on."""
     full: Training = Training(learning_rate=3e-4)
     """How full fine-tuning runs, of which a share is to be reached."""
-    subspace: Training = Training(learning_rate=1e-3)
+    subspace: Training = Training(learning_rate=3e-3)
     """How training in a subspace of d dimensions runs. Its learning rate is that of a step in all D
     parameters: at one rate steps are as long as full fine-tuning's, whatever d is (the d numbers
     get √(D / d) times as much)."""
