@@ -13,6 +13,7 @@ from stillroom.errors import StillroomError
 from tasks.store.commands import add_store_commands, run_store_command
 
 ACTIONABLE, REFUSED = 2, 1
+DIMENSION = "measure-intrinsic-dimension"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,21 +36,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     compress = commands.add_parser("compress", help="make what a recipe says")
-    compress.add_argument("recipe", type=Path, help="a YAML file, such as those in deployments/")
-    compress.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="changes",
-        metavar="a.b=c",
-        help="change one value of the recipe; may be given again",
-    )
-    compress.add_argument(
-        "--plan", action="store_true", help="say what would be done, and do nothing"
-    )
+    _add_recipe(compress)
     compress.set_defaults(run=_compress)
 
+    dimension = commands.add_parser(
+        DIMENSION, help="measure in how few dimensions a model learns a task"
+    )
+    _add_recipe(dimension)
+    dimension.set_defaults(run=_measure_dimension)
+
     schema = commands.add_parser("schema", help="print what a recipe may say, as JSON schema")
+    schema.add_argument("of", nargs="?", choices=["compress", DIMENSION], default="compress")
     schema.set_defaults(run=_schema)
 
     add_store_commands(commands)
@@ -59,6 +56,21 @@ def _parser() -> argparse.ArgumentParser:
     down = commands.add_parser("down", help="stop them")
     down.set_defaults(run=_down)
     return parser
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", type=Path, help="a YAML file, such as those in deployments/")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="changes",
+        metavar="a.b=c",
+        help="change one value of the recipe; may be given again",
+    )
+    command.add_argument(
+        "--plan", action="store_true", help="say what would be done, and do nothing"
+    )
 
 
 def _compress(options: argparse.Namespace) -> int:
@@ -95,6 +107,34 @@ def _run(recipe: Any) -> int:
     return 0 if outcome.gates_passed else REFUSED
 
 
+def _measure_dimension(options: argparse.Namespace) -> int:
+    from stillroom.config import load_dimension_recipe
+    from tasks.settings import Settings
+
+    recipe, settings = load_dimension_recipe(options.recipe, options.changes), Settings()
+    if options.plan:
+        from flows.dimension_road import plan_search, print_search
+        from tasks.store.store import open_store
+
+        stages, whole = plan_search(recipe, open_store(settings.store_url))
+        for line in print_search(recipe, stages, whole):
+            print(line)
+        return 0
+    # Prefect reads its environment when it is imported.
+    os.environ.update(settings.environment())
+    from flows.measure_intrinsic_dimension import measure_intrinsic_dimension
+
+    state: Any = measure_intrinsic_dimension(recipe, return_state=True)
+    if not state.is_completed():
+        raise StillroomError(state.message or f"the run ended as {state.name}")
+    outcome = state.result()
+    print(f"\n{outcome.table}\n\n{outcome.summary}")
+    for uri in outcome.versions:
+        print(f"  load it: mlflow.pyfunc.load_model({uri!r})")
+    print(f"curve and plot: {outcome.folder}\nMLflow: {outcome.mlflow}")
+    return 0
+
+
 def _account(outcome: Any, settings: Any) -> list[str]:
     lines = ["", outcome.table, "", *outcome.gates, "", outcome.summary]
     lines += [f"  load it: mlflow.pyfunc.load_model({uri!r})" for uri in outcome.versions]
@@ -120,9 +160,10 @@ def _store(options: argparse.Namespace) -> int:
 
 
 def _schema(options: argparse.Namespace) -> int:
-    from stillroom.config import Recipe
+    from stillroom.config import IntrinsicDimension, Recipe
 
-    print(json.dumps(Recipe.model_json_schema(), indent=2))
+    kind = IntrinsicDimension if options.of == DIMENSION else Recipe
+    print(json.dumps(kind.model_json_schema(), indent=2))
     return 0
 
 

@@ -57,6 +57,18 @@ def estimate(order: Order, recipe: Recipe, teacher: Shape | None) -> Estimate:
             need = _training(order, flops, 4 * model.parameters, 3 * rows * model.vocabulary)
         case "quantize_model" | "merge_adapter":
             need = _quantizing(order, student, data)
+        case "run_trial":
+            training, trial = order.section["training"], order.section["trial"]
+            tokens = train * float(training["epochs"])
+            if training["steps"]:
+                rows_a_step = training["batch_rows"] * training["gradient_accumulation"]
+                tokens = training["steps"] * rows_a_step * data.sequence_length
+            # Signs, permutation and scales of the projection, what it gives and its gradient; or
+            # the gradient and the optimizer's moments.
+            held = (7 if trial["dimension"] else 4) * teacher.parameters
+            need = _need(PASSES["train"] * tokens * teacher.active_parameters, held, 3 * rows)
+        case "fit_dimension":
+            need = _need(0, 0, 0)
         case "train_adapter":
             tokens = train * float(order.section["training"]["epochs"])
             flops = PASSES["train_adapter"] * tokens * student.active_parameters

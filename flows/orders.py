@@ -1,12 +1,15 @@
 """What each stage is ordered to do: which part of the recipe it reads, and what it takes."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Generic, TypeVar
 
 from stillroom.config import (
     Adapter,
     Data,
+    DimensionSearch,
     Distillation,
+    IntrinsicDimension,
     Merge,
     Model,
     Quantization,
@@ -15,15 +18,18 @@ from stillroom.config import (
     Training,
 )
 from stillroom.hardware import hardware_name, threads_here
+from stillroom.intrinsic_dimension.search import Trial
 from tasks.sources import Source
 from tasks.stages import (
     CACHE_TEACHER,
     DISTILL_STUDENT,
     EVALUATE_MODEL,
+    FIT_DIMENSION,
     IMPORT_MODEL,
     MERGE_ADAPTER,
     PREPARE_DATA,
     QUANTIZE_MODEL,
+    RUN_TRIAL,
     TRAIN_ADAPTER,
     TRIM_VOCABULARY,
     TUNE_TEACHER,
@@ -51,9 +57,9 @@ class Orders(Generic[A]):
         self.resolve = resolve
         self.do = do
 
-    def import_model(self) -> A:
-        """Order the teacher's checkpoint."""
-        return self._import("import teacher", self.recipe.teacher)
+    def import_model(self, title: str = "import teacher") -> A:
+        """Order the checkpoint of the teacher, or of whatever else is started from."""
+        return self._import(title, self.recipe.teacher)
 
     def import_champion(self, uri: str) -> A:
         """Order the checkpoint of the version that is registered now."""
@@ -150,6 +156,21 @@ class Orders(Generic[A]):
         inputs = {"teacher": teacher, "model": model, "data": data}
         inputs |= {"adapter": adapter} if adapter else {}
         return self._order(EVALUATE_MODEL, title, section, inputs, self._layout)
+
+    def run_trial(self, trial: Trial, recipe: IntrinsicDimension, base: A, data: A) -> A:
+        """Order one trial of a search: a training in a subspace, or of all parameters."""
+        search, seeded = recipe.search, asdict(trial)
+        kept = {"projection", "structure_aware"} if trial.dimension else set[str]()
+        section = search.model_dump(mode="json", include=kept) | {"trial": seeded}
+        training = recipe.subspace if trial.dimension else recipe.full
+        inputs = {"base": base, "data": data}
+        return self._training(RUN_TRIAL, trial.name, section, training, inputs)
+
+    def fit_dimension(self, search: DimensionSearch, trials: dict[Trial, A]) -> A:
+        """Order the curve and the dimension that finished trials come to."""
+        inputs = {trial.name: artifact for trial, artifact in trials.items()}
+        section = as_json(search, "projection", "structure_aware", "workers")
+        return self._order(FIT_DIMENSION, "fit dimension", section, inputs)
 
     @property
     def _layout(self) -> dict[str, Any]:

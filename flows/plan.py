@@ -16,6 +16,7 @@ from tasks.stages import Order
 from tasks.store.store import ArtifactStore
 
 UNRESOLVED = "unresolved:"
+MOST_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -73,21 +74,36 @@ def plan(recipe: Recipe, store: ArtifactStore) -> list[PlannedStage]:
         SourceError: a local source is not there.
         StoreError: the store cannot be read.
     """
-    shape = _shape(recipe)
-    planned: dict[str, PlannedStage] = {}
+    planned = Planned(recipe, store)
+    walk(recipe, Orders(recipe, cache(resolve_or_leave), planned.take))
+    return planned.stages
 
-    def take(order: Order, artifacts: dict[str, PlannedStage]) -> PlannedStage:
+
+class Planned:
+    """The stages that were ordered so far, none of them done."""
+
+    def __init__(self, recipe: Recipe, store: ArtifactStore) -> None:
+        self.recipe = recipe
+        self.store = store
+        self.shape = _shape(recipe)
+        self._by_key: dict[str, PlannedStage] = {}
+
+    @property
+    def stages(self) -> list[PlannedStage]:
+        """Each stage once, in order."""
+        return list(self._by_key.values())
+
+    def take(self, order: Order, artifacts: dict[str, PlannedStage]) -> PlannedStage:
+        """Return the line of the plan for an order."""
         sources = order.sources.values()
         resolved = all(not source.identity.startswith(UNRESOLVED) for source in sources) and all(
             artifact.resolved for artifact in artifacts.values()
         )
-        cached = resolved and store.find(order.kind, order.key) is not None
+        cached = resolved and self.store.find(order.kind, order.key) is not None
         takes = tuple(dict.fromkeys(artifact.order.title for artifact in artifacts.values()))
-        line = PlannedStage(order, takes, resolved, cached, estimate(order, recipe, shape))
-        return planned.setdefault(order.key, line)
-
-    walk(recipe, Orders(recipe, cache(resolve_or_leave), take))
-    return list(planned.values())
+        need = estimate(order, self.recipe, self.shape)
+        line = PlannedStage(order, takes, resolved, cached, need)
+        return self._by_key.setdefault(order.key, line)
 
 
 def planned_keys(recipe: Recipe, resolve: Resolve) -> list[str]:
@@ -104,6 +120,13 @@ def planned_keys(recipe: Recipe, resolve: Resolve) -> list[str]:
 
 def print_plan(recipe: Recipe, stages: list[PlannedStage]) -> Iterator[str]:
     """Yield the plan as lines of text."""
+    yield from print_stages(stages)
+    yield "then: check the gates, write the report, " + _publication(recipe)
+    yield print_total(stages)
+
+
+def print_stages(stages: list[PlannedStage]) -> Iterator[str]:
+    """Yield a line for each stage below one that names the columns."""
     width = max(len(stage.order.title) for stage in stages)
     yield f"{'stage':<{width}}  {'key':<12}  {'state':<8}  {'memory':>8}  {'time':>7}  takes"
     for stage in stages:
@@ -111,13 +134,16 @@ def print_plan(recipe: Recipe, stages: list[PlannedStage]) -> Iterator[str]:
         state = "cached" if stage.cached else "to do"
         memory = f"{stage.estimate.memory_bytes / 1e9:.1f} GB"
         time = "" if stage.cached else _minutes(stage.estimate.seconds)
-        takes = ", ".join(stage.takes) or "its source"
+        takes = _listed(stage.takes) or "its source"
         yield f"{stage.order.title:<{width}}  {key}  {state:<8}  {memory:>8}  {time:>7}  {takes}"
-    yield from ("then: check the gates, write the report, " + _publication(recipe),)
+
+
+def print_total(stages: list[PlannedStage]) -> str:
+    """Return how many stages are to do, how long they take, and how much memory."""
     todo = [stage for stage in stages if not stage.cached]
     seconds = sum(stage.estimate.seconds for stage in todo)
     peak = max((stage.estimate.memory_bytes for stage in todo), default=0)
-    yield (
+    return (
         f"{len(todo)} of {len(stages)} stages to do: about {_minutes(seconds)} on this machine's "
         f"processors, at most {peak / 1e9:.1f} GB of memory at a time"
     )
@@ -132,6 +158,11 @@ def _publication(recipe: Recipe) -> str:
         if each.method == "lora" and each.merge:
             names.append(f"{names[-1]}-merged")
     return f"register {', '.join(names)} and move the alias {recipe.publish.alias}"
+
+
+def _listed(titles: tuple[str, ...]) -> str:
+    more = len(titles) - MOST_LISTED
+    return ", ".join(titles[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _minutes(seconds: float) -> str:

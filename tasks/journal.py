@@ -10,7 +10,7 @@ from typing import Any, Self
 from prefect import get_run_logger
 from prefect.runtime import flow_run
 
-from stillroom.config import Recipe
+from stillroom.config import IntrinsicDimension, Recipe
 from stillroom.errors import ServiceUnreachableError, StillroomError
 from stillroom.evaluation.report_data import LineageEntry
 from tasks.settings import Settings
@@ -42,7 +42,7 @@ class Journal:
     figures: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, recipe: Recipe) -> "Journal":
+    def begin(cls, recipe: Recipe | IntrinsicDimension) -> "Journal":
         """Open the parent run of the flow run that is under way; a rerun finds it again.
 
         Raises:

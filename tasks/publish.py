@@ -6,7 +6,7 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from stillroom.config import Recipe
+from stillroom.config import IntrinsicDimension, Recipe
 from stillroom.contents import Task
 from stillroom.evaluation.gates import GateResult
 from tasks.explain import plainly
@@ -61,6 +61,33 @@ def register_models(
     for version in registered:
         logger.info("%s %s", version.uri, "registered" if version.created else "was there already")
     return registered
+
+
+@task(name="register", task_run_name="register", cache_policy=NO_CACHE, persist_result=False)
+@plainly
+def register_subspace(
+    recipe: IntrinsicDimension, base: Record, subspace: Record, journal: Journal
+) -> list[Registered]:
+    """Register a measured model, and a trained subspace on it; return their versions.
+
+    The alias moves to the subspace, which reaches its share; nobody has gated the base.
+
+    Raises:
+        MismatchError: another champion came meanwhile.
+        ServiceUnreachableError: MLflow stopped answering; a rerun goes on.
+    """
+    publish = recipe.publish
+    assert publish is not None
+    first = _register(publish.name, base, recipe.task, None, journal)
+    full = f"{publish.name}-subspace"
+    versions = [first, _register(full, subspace, recipe.task, first, journal)]
+    rival = champion(journal.client, full, publish.alias)
+    move_alias(journal.client, versions[1], publish.alias, rival)
+    for version in versions:
+        get_run_logger().info(
+            "%s %s", version.uri, "registered" if version.created else "was there already"
+        )
+    return versions
 
 
 def current_champion(recipe: Recipe, journal: Journal) -> Registered | None:

@@ -34,6 +34,8 @@ QUANTIZE_MODEL = Stage("quantize_model", "model", 4)
 TRAIN_ADAPTER = Stage("train_adapter", "adapter", 3)
 MERGE_ADAPTER = Stage("merge_adapter", "model", 1)
 EVALUATE_MODEL = Stage("evaluate_model", "evaluation", 2)
+RUN_TRIAL = Stage("run_trial", "trial", 1)
+FIT_DIMENSION = Stage("fit_dimension", "intrinsic-dimension", 1)
 
 STAGES = (
     IMPORT_MODEL,
@@ -46,6 +48,8 @@ STAGES = (
     TRAIN_ADAPTER,
     MERGE_ADAPTER,
     EVALUATE_MODEL,
+    RUN_TRIAL,
+    FIT_DIMENSION,
 )
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, cast
 
 from stillroom.checkpoint import files_below
 from stillroom.contents import Task
+from stillroom.intrinsic_dimension.folders import is_subspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -14,11 +15,14 @@ def join_base(adapter: Path, base: Path) -> None:
     """Make the folder `adapter` name `base` by a relative path, wherever their parent is moved.
 
     Links to the base's files make a LoRA what transformers calls a complete model with an embedded
-    adapter. Of other methods transformers knows nothing, and would load the base alone.
+    adapter. Of other methods transformers knows nothing, and would load the base alone. A subspace
+    is told where its base is when it is loaded.
     """
     from stillroom.adapters.folder import set_base_reference
     from stillroom.adapters.peft_folder import PEFT_CONFIG
 
+    if is_subspace(adapter):
+        return
     relative = Path("..") / base.name
     set_base_reference(adapter, relative.as_posix())
     if not (adapter / PEFT_CONFIG).exists():
@@ -36,14 +40,19 @@ def merge_into(base: Path, adapter: Path, task: Task, folder: Path) -> None:
 
     Raises:
         SourceError: the base or the adapter cannot be loaded.
-        MismatchError: the adapter is no LoRA, or belongs to another base.
+        MismatchError: the adapter is no LoRA and no subspace, or belongs to another base.
     """
     from stillroom.adapters.folder import DEFAULT, load_adapter
     from stillroom.adapters.merge import merge_lora
+    from stillroom.intrinsic_dimension.artifact import load_with_base
     from stillroom.models import load_model, load_tokenizer, save_model
 
-    model = load_model(base, task=task, weights="dense")
-    merged = cast("PreTrainedModel", merge_lora(load_adapter(model, adapter), DEFAULT))
+    if is_subspace(adapter):
+        whole = load_with_base(adapter, base, task=task).merged()
+    else:
+        dense = load_model(base, task=task, weights="dense")
+        whole = merge_lora(load_adapter(dense, adapter), DEFAULT)
+    merged = cast("PreTrainedModel", whole)
     # A model that was dequantized may not say of itself that it is quantized.
     if getattr(merged.config, "quantization_config", None) is not None:
         del merged.config.quantization_config

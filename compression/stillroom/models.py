@@ -193,5 +193,19 @@ def _require_word_head(config: dict[str, Any], folder: Path) -> None:
         )
 
 
+def require_label_head(folder: Path) -> None:
+    """Refuse a bare encoder, whose classes would be named by a head of random weights.
+
+    Raises:
+        SourceError: it is one.
+    """
+    name = (read_config(folder).get("architectures") or [""])[0]
+    if name.endswith("Model"):
+        raise SourceError(
+            f"this version holds a {name}, which has no head that names classes: load an adapter "
+            "that was registered on it"
+        )
+
+
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:400]

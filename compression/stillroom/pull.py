@@ -41,10 +41,12 @@ def pull(
     """Leave the registered model in `folder`, with every SHA-256 verified, or nothing at all.
 
     A base becomes a plain checkpoint. An adapter becomes `folder/base`, a plain checkpoint, and
-    `folder/adapter`, the adapter with links to the base's files: `from_pretrained` on it loads both
-    from wherever the folder lies. Its config names `../base`, which peft's own loaders read
-    relative to the working directory, not to the adapter. With `merged`, an adapter becomes one
-    dense model in `folder`.
+    `folder/adapter`. A LoRA has links to the base's files: `from_pretrained` on it loads both from
+    wherever the folder lies. Its config names `../base`, which peft's own loaders read relative to
+    the working directory, not to the adapter. Other methods are put on the base by
+    `stillroom.adapters.folder.load_into`, a trained subspace by
+    `stillroom.intrinsic_dimension.artifact.load_with_base`. With `merged`, a LoRA or a subspace
+    becomes one dense model in `folder`.
 
     Args:
         model_uri: models:/NAME@ALIAS or models:/NAME/VERSION.

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from stillroom.contents import Contents, read_contents
 from stillroom.errors import MismatchError, RecipeError
+from stillroom.intrinsic_dimension.folders import is_subspace
 from stillroom.llama_engine import GGUF_FILE, LlamaCppModel, has_llama_cpp
 
 # The code file of every registered version.
@@ -110,9 +111,11 @@ class ServedModel:
     def _load(self, folder: Path) -> tuple[Any, Any]:
         import torch
 
-        from stillroom.models import load_model, load_tokenizer
+        from stillroom.models import load_model, load_tokenizer, require_label_head
         from stillroom.quantization.kernels.choose import fastest_weights
 
+        if self.contents.base is None and self.contents.task == "sequence_classification":
+            require_label_head(folder)
         device, weights = self.config["device"], self.config["weights"]
         model = load_model(
             folder,
@@ -129,13 +132,21 @@ class ServedModel:
         return LlamaCppModel(folder / GGUF_FILE), load_tokenizer(folder)
 
     def _load_adapted(self, adapter: Path) -> tuple[Any, Any]:
+        import torch
+
         from stillroom.adapters.folder import load_adapter
+        from stillroom.intrinsic_dimension.artifact import load_with_base
+        from stillroom.models import load_tokenizer
         from stillroom.pull import fetch_base, open_client
 
         assert self.contents.base is not None
         with tempfile.TemporaryDirectory() as scratch:
             base = Path(scratch) / "base"
             fetch_base(open_client(), self.contents.base, base)
+            if is_subspace(adapter):
+                dtype = getattr(torch, self.config["dtype"])
+                moved = load_with_base(adapter, base, task=self.contents.task).merged()
+                return moved.to(self.config["device"], dtype).eval(), load_tokenizer(base)
             model, tokenizer = self._load(base)
         return load_adapter(model, adapter).to(self.config["device"]).eval(), tokenizer
 

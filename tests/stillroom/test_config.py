@@ -9,6 +9,7 @@ from stillroom.config import (
     Recipe,
     distillation,
     dump_recipe,
+    intrinsic_dimension,
     load_recipe,
     quantization,
     sections,
@@ -30,7 +31,7 @@ def test_every_recipe_loads_and_survives_a_round_trip(path: Path) -> None:
 def test_every_field_says_in_a_sentence_what_it_is() -> None:
     models = [
         value
-        for module in (sections, training, distillation, quantization)
+        for module in (sections, training, distillation, quantization, intrinsic_dimension)
         for value in [*vars(module).values(), Recipe]
         if isinstance(value, type) and issubclass(value, BaseModel) and value is not BaseModel
     ]

@@ -11,9 +11,14 @@ import stillroom.serving
 from stillroom.contents import BaseReference, Contents, list_files, verify_files
 from stillroom.errors import MismatchError, RecipeError, SourceError
 from stillroom.llama_engine import GGUF_FILE, LlamaCppModel, has_llama_cpp
-from stillroom.models import load_model, load_tokenizer
+from stillroom.models import load_model, load_tokenizer, require_label_head
 from stillroom.quantization.formats.gguf_export import export_gguf
-from stillroom.serving import DEFAULT_CONFIG, ServedModel, choose_engine, read_stop_ids
+from stillroom.serving import (
+    DEFAULT_CONFIG,
+    ServedModel,
+    choose_engine,
+    read_stop_ids,
+)
 from tasks.registry import register_base
 from tests.registering import new_place
 from tests.stillroom.quantization.formats.gguf_models import tiny_model, write_checkpoint
@@ -167,3 +172,13 @@ def test_a_registered_version_runs_its_export(folder, tmp_path, monkeypatch):
     engines, answers = zip(*map(json.loads, done.stdout.splitlines()[-3:]), strict=True)
     assert engines == ("llama.cpp", "torch", "llama.cpp")
     assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_bare_encoder_names_no_classes(tmp_path):
+    for name, bare in (("BertModel", True), ("BertForSequenceClassification", False)):
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": [name]}))
+        if bare:
+            with pytest.raises(SourceError, match="holds a BertModel, which has no head"):
+                require_label_head(tmp_path)
+        else:
+            require_label_head(tmp_path)

@@ -2,7 +2,8 @@
 
 from stillroom.config.adapters import Adapter, Merge
 from stillroom.config.distillation import Cache, Distillation, Student
-from stillroom.config.loading import dump_recipe, load_recipe, validate
+from stillroom.config.intrinsic_dimension import DimensionSearch, IntrinsicDimension
+from stillroom.config.loading import dump_recipe, load_dimension_recipe, load_recipe, validate
 from stillroom.config.quantization import Quantization
 from stillroom.config.recipe import Recipe
 from stillroom.config.section import Section
@@ -21,10 +22,12 @@ __all__ = [
     "Adapter",
     "Cache",
     "Data",
+    "DimensionSearch",
     "Distillation",
     "Evaluation",
     "Execution",
     "Gates",
+    "IntrinsicDimension",
     "Merge",
     "Model",
     "Publish",
@@ -35,6 +38,7 @@ __all__ = [
     "Text",
     "Training",
     "dump_recipe",
+    "load_dimension_recipe",
     "load_recipe",
     "validate",
 ]

@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
+from stillroom.config.intrinsic_dimension import IntrinsicDimension
 from stillroom.config.recipe import Recipe
+from stillroom.config.section import Section
 from stillroom.errors import RecipeError
+
+S = TypeVar("S", bound=Section)
 
 
 def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
@@ -17,6 +21,30 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file is missing or is no YAML, or a value is not one the recipe takes.
     """
+    return _load(Recipe, path, changes)
+
+
+def load_dimension_recipe(path: Path, changes: Sequence[str] = ()) -> IntrinsicDimension:
+    """Return the search for an intrinsic dimension that the YAML file `path` describes, changed.
+
+    Raises:
+        RecipeError: the file is missing or is no YAML, or a value is not one the recipe takes.
+    """
+    return _load(IntrinsicDimension, path, changes)
+
+
+def validate(values: dict[str, Any], where: str) -> Recipe:
+    """Return the recipe that `values` describe; `where` names their origin in errors."""
+    return _validate(Recipe, values, where)
+
+
+def dump_recipe(recipe: Section) -> str:
+    """Return the recipe as YAML, without what stands at its default."""
+    values = recipe.model_dump(mode="json", exclude_defaults=True)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _load(kind: type[S], path: Path, changes: Sequence[str]) -> S:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -28,21 +56,14 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"recipe {path}: expected keys and values, {type(values).__name__} came")
     for change in changes:
         _apply(values, change)
-    return validate(values, str(path))
+    return _validate(kind, values, str(path))
 
 
-def validate(values: dict[str, Any], where: str) -> Recipe:
-    """Return the recipe that `values` describe; `where` names their origin in errors."""
+def _validate(kind: type[S], values: dict[str, Any], where: str) -> S:
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"recipe {where}: {_first_sentence(error)}") from None
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """Return the recipe as YAML, without what stands at its default."""
-    values = recipe.model_dump(mode="json", exclude_defaults=True)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _parse(text: str, where: str) -> Any:

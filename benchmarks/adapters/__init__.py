@@ -1,0 +1,1 @@
+"""Adapters measured: what they cost and what they reach."""
