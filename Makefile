@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gptqmodel install-auto-gptq install-llama-cpp bench-distillation bench-quantization bench-quantization-peers demo demo-controls encoder masked test lint up down clean
+.PHONY: help install install-gptqmodel install-auto-gptq install-llama-cpp bench-adapters bench-distillation bench-quantization bench-quantization-peers demo demo-controls encoder masked test lint up down clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-24s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ lint: $(STAMP) ## Check format, style, types and layering
 
 bench-quantization: $(STAMP) ## Quantizers side by side, at most 90 minutes; FULL=1 for all of it
 	$(BIN)/python -m benchmarks.quantization
+
+bench-adapters: $(STAMP) ## Every adapter on a full and on a quantized base
+	$(BIN)/python -m benchmarks.adapters
 
 bench-distillation: $(STAMP) ## The cache against the teacher online, and the papers' claims in small
 	$(BIN)/python -m benchmarks.distillation

@@ -1,1 +1,1 @@
-"""Adapters measured: what they cost and what they reach."""
+"""Adapters side by side: every method on a full and on a quantized base."""

@@ -1,7 +1,4 @@
-"""Seconds of the Hadamard transform, and of a training step in a subspace.
-
-python -m benchmarks.adapters.subspace_step
-"""
+"""Seconds of the Hadamard transform, and of a training step in a subspace."""
 
 import tempfile
 import time
@@ -11,8 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.claims import Claim, at_most, print_claims, write_measure
-from benchmarks.places import bench_folder
+from benchmarks.adapters.places import measure_path
+from benchmarks.claims import Claim, at_most, write_measure
 from stillroom.builtin import import_builtin
 from stillroom.data.examples import Examples
 from stillroom.fine_tuning import fine_tune
@@ -95,14 +92,10 @@ def _rows() -> Examples:
     return Examples(ids, mask, labels, documents, "", LABELS)
 
 
-def main() -> None:
-    """Measure, keep the figures with their claims, and print the claims."""
+def measure_subspace_step() -> None:
+    """Measure both, and keep the figures with their claims."""
     found = measure()
-    claims = claims_of(found)
-    path = bench_folder("adapters") / "measures" / "subspace_step.json"
-    write_measure(path, claims, threads=THREADS, dimension=DIMENSION, **found)
-    print_claims(claims)
-
-
-if __name__ == "__main__":
-    main()
+    facts = {"threads": THREADS, "dimension": DIMENSION, **found}
+    write_measure(
+        measure_path("subspace_step"), claims_of(found), text="random words", rows=[facts], **facts
+    )

@@ -7,6 +7,7 @@ from benchmarks.circumstances import circumstances, circumstances_line
 from benchmarks.claims import Claim, claims_table
 from benchmarks.distillation.places import HERE, measure_path
 from benchmarks.distillation.plot import plot
+from benchmarks.tables import table
 
 RESULTS = HERE / "results.json"
 PAGE = HERE / "RESULTS.md"
@@ -119,23 +120,6 @@ def summarise(results: dict[str, Any]) -> str:
     for name, (heading, columns) in TABLES.items():
         if name in results["measures"]:
             found = results["measures"][name]
-            parts += [heading.format_map(found), _table(found["rows"], columns)]
+            parts += [heading.format_map(found), table(found["rows"], columns)]
     parts += ["## Claims", claims_table(results["claims"])]
     return "\n\n".join(parts) + "\n"
-
-
-def _table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
-    lines = ["| " + " | ".join(columns.values()) + " |", "|---" * len(columns) + "|"]
-    for row in rows:
-        lines.append("| " + " | ".join(_cell(row.get(key)) for key in columns) + " |")
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    match value:
-        case None:
-            return "–"
-        case float():
-            return f"{value:.4g}"
-        case _:
-            return str(value)

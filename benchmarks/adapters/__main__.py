@@ -1,0 +1,44 @@
+"""Run the benchmark, or one part of it: python -m benchmarks.adapters [PART].
+
+Measurements that are done are not done again: delete their files below .bench/adapters, or name
+one, to repeat it. Exits 1 if a claim fails.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from benchmarks.adapters.costs import measure_costs
+from benchmarks.adapters.few_examples import measure_few_examples
+from benchmarks.adapters.places import measure_path
+from benchmarks.adapters.results import gather
+from benchmarks.adapters.sst2 import measure_sst2
+from benchmarks.adapters.subspace_step import measure_subspace_step
+from benchmarks.adapters.text import measure_text
+from benchmarks.claims import print_claims
+
+MEASURES: dict[str, Callable[[], None]] = {
+    "costs": measure_costs,
+    "sst2": measure_sst2,
+    "few_examples": measure_few_examples,
+    "text": measure_text,
+    "subspace_step": measure_subspace_step,
+}
+
+
+def main() -> int:
+    """Return 1 if a claim fails."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", nargs="?", choices=("report", *MEASURES), help="all by default")
+    part = parser.parse_args().part
+    for name, measure in MEASURES.items():
+        if part == name or (part is None and not measure_path(name).exists()):
+            print(f"measuring {name}", flush=True)
+            measure()
+    claims = gather(list(MEASURES))
+    print_claims(claims)
+    return int(not all(claim.holds for claim in claims))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

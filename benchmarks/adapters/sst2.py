@@ -1,0 +1,151 @@
+"""Every method on SST-2, on the full and on the 4-bit base."""
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from benchmarks.adapters.methods import (
+    FULL,
+    HOULSBY,
+    LORA,
+    METHODS,
+    TOP_LAYERS,
+    Method,
+)
+from benchmarks.adapters.places import measure_path
+from benchmarks.adapters.work import (
+    BASES,
+    SEEDS,
+    TRAIN_EXAMPLES,
+    base_folder,
+    has_data,
+    result_of,
+    split,
+)
+from benchmarks.claims import Claim, at_least, at_most, write_measure
+from benchmarks.comparison import Estimate, mean_estimate
+from benchmarks.phrases import clustered_loss
+from stillroom.hardware import threads_here
+
+UPPER = 1.96  # standard errors
+SCORE = dict[tuple[str, str], list[list[int]]]
+
+
+def measure_sst2() -> None:
+    """Train every method on both bases with every seed, and compare on held-out phrases."""
+    if not has_data():
+        return
+    for base in BASES:
+        base_folder(base)
+    cells = [(method, base, seed) for seed in SEEDS for base in BASES for method in METHODS]
+    # One thread each, as many side by side as there are: half-filled batches gain from it.
+    with ProcessPoolExecutor(
+        threads_here(), mp_context=get_context("spawn"), initializer=use_one_thread
+    ) as pool:
+        found = list(pool.map(result_of, *zip(*cells, strict=True)))
+    results: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for (method, base, _), result in zip(cells, found, strict=True):
+        results.setdefault((base, method.name), []).append(result)
+    right = {key: [each["right"] for each in every] for key, every in results.items()}
+    rows = [_row(method, base, results, right) for base in BASES for method in METHODS]
+    write_measure(
+        measure_path("sst2"),
+        claims_of(right, rows),
+        text="SST-2",
+        seeds=len(SEEDS),
+        examples=len(split()[1]),
+        train_examples=TRAIN_EXAMPLES,
+        rows=rows,
+    )
+
+
+def claims_of(right: SCORE, rows: list[dict[str, Any]]) -> list[Claim]:
+    """Return what was promised of these figures."""
+    dense, packed = BASES
+    full = right[dense, FULL.name]
+    share = {row["method"]: row["trained_share"] for row in rows if row["base"] == dense}
+    claims = [
+        _within(
+            f"{method.name}: points lost against full fine-tuning", full, right[dense, method.name]
+        )
+        for method in (HOULSBY, LORA)
+    ]
+    claims.append(at_most("Houlsby: trained parameters, %", 3.6, share[HOULSBY.name]))
+    claims.append(_top_layers(rows))
+    claims += [
+        _within(
+            f"{method.name} at {packed}: points lost against itself on fp32",
+            right[dense, method.name],
+            right[packed, method.name],
+        )
+        for method in METHODS
+    ]
+    return claims
+
+
+def _within(claim: str, before: list[list[int]], after: list[list[int]]) -> Claim:
+    loss = points_lost(before, after)
+    return at_most(
+        f"SST-2, {claim}, upper 95 % bound of the paired difference",
+        1.0,
+        loss.value + UPPER * loss.standard_error,
+        loss.standard_error,
+    )
+
+
+def _top_layers(rows: list[dict[str, Any]]) -> Claim:
+    """Return by how many times the parameters trained layers need Houlsby's score."""
+    dense = {row["method"]: row for row in rows if row["base"] == BASES[0]}
+    houlsby = dense[HOULSBY.name]
+    enough = [
+        dense[method.name]["trained"]
+        for method in (*TOP_LAYERS.values(), FULL)
+        if dense[method.name]["accuracy"] >= houlsby["accuracy"]
+    ]
+    times = min(enough) / houlsby["trained"] if enough else float("inf")
+    return at_least(
+        "SST-2: parameters of the fewest top layers (or all) that reach Houlsby's score, over "
+        "Houlsby's",
+        10.0,
+        times,
+    )
+
+
+def points_lost(before: list[list[int]], after: list[list[int]]) -> Estimate:
+    """Return the accuracy lost in points, with the spread over sentences and over seeds."""
+    sentences = [each.sentence for each in split()[1]]
+    by_seed = [
+        clustered_loss([bool(x) for x in b], [bool(x) for x in a], sentences)
+        for b, a in zip(before, after, strict=True)
+    ]
+    values = mean_estimate([each.value for each in by_seed])
+    # Seeds share their test sentences, so that error does not shrink with their number.
+    sentence_error = fmean(each.standard_error for each in by_seed)
+    return Estimate(values.value, (values.standard_error**2 + sentence_error**2) ** 0.5)
+
+
+def _row(
+    method: Method, base: str, results: dict[tuple[str, str], list[dict[str, Any]]], right: SCORE
+) -> dict[str, Any]:
+    here = results[base, method.name]
+    lost = points_lost(right[BASES[0], FULL.name], right[base, method.name])
+    trained, whole = here[0]["trained"], results[BASES[0], FULL.name][0]["trained"]
+    return {
+        "base": base,
+        "method": method.name,
+        "trained": trained,
+        "trained_share": 100 * trained / whole,
+        "accuracy": 100 * fmean(fmean(each["right"]) for each in here),
+        "lost": lost.value,
+        "standard_error": lost.standard_error,
+        "glue": 100 * fmean(fmean(each["glue"]) for each in here),
+        "learning_rate": method.learning_rate,
+    }
+
+
+def use_one_thread() -> None:
+    """Have this process compute with one thread."""
+    torch.set_num_threads(1)

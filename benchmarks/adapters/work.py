@@ -1,0 +1,163 @@
+"""The fixed work: MiniLM, dense and in 4 bits, and phrases of SST-2 split by sentence."""
+
+import json
+import random
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.adapters.methods import Method
+from benchmarks.adapters.places import bench_folder, cell_path
+from benchmarks.phrases import Example, read_examples, split_by_sentence
+from benchmarks.places import data_folder
+from stillroom.adapters.adapted_model import AdaptedModel
+from stillroom.adapters.training import train_adapter
+from stillroom.builtin import import_builtin
+from stillroom.data.examples import Examples
+from stillroom.models import load_model, load_pretrained, load_tokenizer, save_model, tokenizer_hash
+from stillroom.quantization.formats.export import save_quantized
+from stillroom.quantization.options import QuantizationOptions
+from stillroom.quantization.sequential import quantize_model
+from stillroom.training.options import TrainingOptions
+
+SEEDS = (0, 1, 2)
+LABELS = ("negative", "positive")
+TRAIN_EXAMPLES = 3_000
+TEST_EXAMPLES = 5_000
+CALIBRATION_EXAMPLES = 512
+LENGTH = 64  # tokens, longer phrases are cut
+BATCH = 32
+BITS = 4
+BASES = ("fp32", f"{BITS} bits")
+
+
+def has_data() -> bool:
+    """Return whether SST-2 is at hand."""
+    return (data_folder() / "sst2").exists()
+
+
+@cache
+def split() -> tuple[list[Example], list[Example]]:
+    """Return the training and the test phrases, which share no sentence."""
+    examples = read_examples(data_folder() / "sst2")
+    return split_by_sentence(examples, random.Random(0), TEST_EXAMPLES)
+
+
+@cache
+def train_rows(count: int = TRAIN_EXAMPLES, skipped: int = 0) -> Examples:
+    """Return so many training phrases, drawn once and for all."""
+    return rows(random.Random(1).sample(split()[0], skipped + count)[skipped:])
+
+
+@cache
+def test_rows() -> Examples:
+    """Return the phrases of other sentences that every model is measured on."""
+    return rows(split()[1])
+
+
+@cache
+def glue_rows() -> Examples:
+    """Return GLUE's 872 sentences."""
+    lines = (data_folder() / "sst2" / "test.tsv").read_text().splitlines()[1:]
+    pairs = [line.rpartition("\t") for line in lines]
+    return rows([Example(text.strip(), int(label), i) for i, (text, _, label) in enumerate(pairs)])
+
+
+def rows(examples: list[Example]) -> Examples:
+    """Return phrases as rows of tokens with their labels."""
+    tokenizer = load_tokenizer(base_folder("fp32"))
+    found = tokenizer(
+        [each.text for each in examples],
+        padding="max_length",
+        truncation=True,
+        max_length=LENGTH,
+        return_tensors="pt",
+    )
+    ids, mask = found["input_ids"], found["attention_mask"]
+    labels = torch.tensor([each.label for each in examples])
+    documents = torch.arange(len(ids))
+    return Examples(ids, mask, labels, documents, tokenizer_hash(tokenizer), label_names=LABELS)
+
+
+@cache
+def base_folder(base: str) -> Path:
+    """Return the folder of MiniLM with a new head, dense or in 4 bits, made if it is absent."""
+    folder = bench_folder() / f"minilm {base}".replace(" ", "-")
+    if (folder / "config.json").exists():
+        return folder
+    if base == "fp32":
+        shipped = bench_folder() / "minilm"
+        import_builtin("minilm", shipped)
+        torch.manual_seed(0)
+        model = load_pretrained(shipped, task="sequence_classification", label_names=LABELS)
+        save_model(model, load_tokenizer(shipped), folder)
+        return folder
+    dense = load_model(base_folder("fp32"), task="sequence_classification")
+    calibration = train_rows(CALIBRATION_EXAMPLES, TRAIN_EXAMPLES)
+    options = QuantizationOptions(bits=BITS, batch_rows=BATCH)
+    result = quantize_model(dense, calibration, options)
+    save_quantized(dense, load_tokenizer(base_folder("fp32")), result, folder)
+    return folder
+
+
+def load_base(base: str) -> Any:
+    """Return the base; what is quantized stays packed."""
+    return load_model(base_folder(base), task="sequence_classification", weights="packed")
+
+
+def training(method: Method, seed: int, **changes: Any) -> TrainingOptions:
+    """Return how every method is trained, but for its learning rate."""
+    usual: dict[str, Any] = {"epochs": 2.0, "batch_rows": BATCH, "schedule": "linear"}
+    usual |= {"bucket_by_length": True, "learning_rate": method.learning_rate, "seed": seed}
+    return TrainingOptions(**(usual | changes))
+
+
+def fresh(method: Method, base: str, seed: int) -> AdaptedModel:
+    """Return the base wearing an adapter that has learned nothing."""
+    adapted = AdaptedModel(load_base(base))
+    adapted.add("a", method.options, task="sequence_classification", seed=seed)
+    return adapted
+
+
+def result_of(method: Method, base: str, seed: int) -> dict[str, Any]:
+    """Return what a training of the table came to, which is done if it was not."""
+    path = cell_path(f"sst2 {base} {method.name} {seed}".replace(" ", "-").replace(",", ""))
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    adapted = fresh(method, base, seed)
+    began = time.perf_counter()
+    train_adapter(adapted, "a", train_rows(), training(method, seed))
+    seconds = time.perf_counter() - began
+    found = {
+        "trained": count_trained(adapted),
+        "right": correct(adapted, test_rows()),
+        "glue": correct(adapted, glue_rows()),
+        "seconds": seconds,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found))
+    accuracy = 100 * sum(found["right"]) / len(found["right"])
+    print(f"{base}, {method.name}, seed {seed}: {accuracy:.2f} % in {seconds:.0f} s", flush=True)
+    return found
+
+
+def count_trained(adapted: AdaptedModel) -> int:
+    """Return the adapter's parameters, without its head, which every method has."""
+    worn = adapted.worn("a")
+    return sum(p.numel() for p in worn.method.parameters())
+
+
+@torch.no_grad()
+def correct(model: Any, of: Examples) -> list[int]:
+    """Return of each row 1 if it is classified as it is labelled, else 0."""
+    model.eval()
+    right = torch.zeros(len(of), dtype=torch.long)
+    for places in of.attention_mask.sum(1).argsort().split(4 * BATCH):
+        part = of.take(places).without_shared_padding()
+        logits = model(input_ids=part.input_ids, attention_mask=part.attention_mask).logits
+        right[places] = (logits.argmax(-1) == part.labels).long()
+    return right.tolist()  # type: ignore[no-any-return]
