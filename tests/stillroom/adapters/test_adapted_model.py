@@ -24,12 +24,13 @@ from stillroom.adapters.options import (
 from stillroom.adapters.training import train_adapter
 from stillroom.errors import RecipeError
 from stillroom.fine_tuning import measure
+from stillroom.quantization.linear import QuantizedLinear
 from stillroom.training.history import HELD_OUT_LOSS
 from stillroom.training.options import TrainingOptions
 from tests.stillroom.adapters.quantized import quantize_blocks
 from tests.stillroom.adapters.zoo import build
 from tests.stillroom.rows import labelled_rows, masked_rows, token_rows
-from tests.stillroom.tiny import tiny_bert_classifier, tiny_bert_masked
+from tests.stillroom.tiny import tiny_bert_classifier, tiny_bert_masked, tiny_llama
 from tests.stillroom.tiny_decoders import tiny_gpt2
 
 OPTIONS = {
@@ -225,6 +226,31 @@ def test_on_a_quantized_base_no_buffer_changes(method):
     model.eval().select(None)
     assert torch.equal(logits(model, task), plain)
     assert all(torch.equal(v, before[name]) for name, v in model.base.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck", "prefix_tuning", "prompt_tuning"])
+def test_no_dense_weight_waits_for_the_backward_pass(method):
+    base = quantize_blocks(tiny_llama(vocab=80))  # whose head is of no block's shape
+    layers = [module for module in base.modules() if isinstance(module, QuantizedLinear)]
+    dense = {shape for each in layers for shape in _both_ways(each.dequantize().shape)}
+    model = AdaptedModel(base)
+    model.add("a", OPTIONS[method])
+    model.trainable("a")
+    kept = []
+
+    def keep(tensor):
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=token_rows(4).input_ids).logits.sum().backward()
+    assert kept
+    assert not dense & set(kept)
+    assert all(p.grad is not None for p in model.worn("a").parameters())
+
+
+def _both_ways(shape):
+    return tuple(shape), tuple(reversed(shape))
 
 
 def test_beams_wear_what_their_row_wears():

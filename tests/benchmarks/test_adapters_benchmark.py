@@ -1,0 +1,67 @@
+"""The parts of benchmarks/adapters that a wrong factor would spoil silently."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks.adapters import sst2
+from benchmarks.adapters.methods import FULL, HOULSBY, LORA, METHODS, TOP_LAYERS
+from benchmarks.adapters.work import BASES
+
+
+@pytest.fixture
+def right(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], list[list[int]]]:
+    """Return three seeds of forty phrases in twenty sentences, all of them right."""
+    test = [SimpleNamespace(sentence=place // 2) for place in range(40)]
+    monkeypatch.setattr(sst2, "split", lambda: ([], test))
+    return {(base, method.name): [[1] * 40] * 3 for base in BASES for method in METHODS}
+
+
+def rows(**accuracy: float) -> list[dict[str, Any]]:
+    """Return rows with as many trained parameters as a method has letters, thousands of them."""
+    return [
+        {
+            "base": base,
+            "method": method.name,
+            "trained": 100 if method is HOULSBY else 1000 * len(method.name),
+            "trained_share": 0.5,
+            "accuracy": accuracy.get(method.name.split(" ")[0].strip(","), 80.0),
+        }
+        for base in BASES
+        for method in METHODS
+    ]
+
+
+def test_what_is_lost_is_counted_in_points_and_only_the_upper_bound_decides(right: Any) -> None:
+    claims = sst2.claims_of(right, rows(Houlsby=80.0))
+    assert all(claim.holds for claim in claims)
+    right[BASES[0], LORA.name] = [[0] * 2 + [1] * 38] * 3
+    lost = sst2.points_lost(right[BASES[0], FULL.name], right[BASES[0], LORA.name])
+    assert lost.value == pytest.approx(5.0)
+    assert lost.standard_error == pytest.approx(5.0, rel=0.05)  # one sentence of twenty
+    measured = {claim.claim: claim.measured for claim in sst2.claims_of(right, rows())}
+    of_lora = {claim: value for claim, value in measured.items() if LORA.name in claim}
+    against_full, against_itself = (
+        next(value for claim, value in of_lora.items() if words in claim)
+        for words in ("full fine-tuning", f"at {BASES[1]}")
+    )
+    error = 1.96 * lost.standard_error
+    assert against_full == pytest.approx(5 + error)
+    assert against_itself == pytest.approx(-5 + error)  # its 4-bit self is the better one
+
+
+def test_layers_on_top_count_where_they_reach_houlsbys_score(right: Any) -> None:
+    def times(found: list[dict[str, Any]]) -> float:
+        (claim,) = [c for c in sst2.claims_of(right, found) if "fewest top layers" in c.claim]
+        return claim.measured
+
+    reached = rows(Houlsby=79.0)
+    least = min(1000 * len(method.name) for method in (*TOP_LAYERS.values(), FULL))
+    assert times(reached) == pytest.approx(least / 100)
+    assert times(rows(Houlsby=99.0)) == float("inf")  # nothing reaches it, however many
+
+
+def test_every_claim_names_its_method_once(right: Any) -> None:
+    claims = [claim.claim for claim in sst2.claims_of(right, rows())]
+    assert len(set(claims)) == len(claims) == 2 + 1 + 1 + len(METHODS)
