@@ -47,7 +47,7 @@ def write_package(folder: Path, contents: Contents, model: Any, run_id: str) -> 
         model_config=DEFAULT_CONFIG,
         signature=_signature(contents.task),
         input_example=[f"{EXAMPLE_TEXT} {MASK}" if contents.task == "masked_lm" else EXAMPLE_TEXT],
-        pip_requirements=requirements(contents),
+        pip_requirements=requirements(),
     )
     (folder / "artifacts").mkdir()
     (folder / "artifacts" / LISTING).write_text(contents.to_json())
@@ -60,11 +60,11 @@ def write_package(folder: Path, contents: Contents, model: Any, run_id: str) -> 
     description.save(folder / "MLmodel")
 
 
-def requirements(contents: Contents) -> list[str]:
-    """Return what a machine needs to load the version, pinned to what is installed here."""
-    packages = REQUIREMENTS if contents.base is None else (*REQUIREMENTS, "peft")
+def requirements() -> list[str]:
+    """Return what a machine needs to load a version, pinned to what is installed here."""
     # A build's mark such as +cpu names no release that an index would have.
-    return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in packages]
+    versions = {name: importlib.metadata.version(name) for name in REQUIREMENTS}
+    return [f"{name}=={version.partition('+')[0]}" for name, version in versions.items()]
 
 
 def _signature(task: str) -> Any:

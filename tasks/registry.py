@@ -35,7 +35,7 @@ class Candidate:
     name: str
     """Name of the registered model."""
     folder: Path
-    """A Hugging Face checkpoint, or an adapter as peft writes it."""
+    """A Hugging Face checkpoint, or an adapter's folder."""
     task: Task
     artifact_key: str
     run_id: str
