@@ -25,8 +25,7 @@ class Method:
 
 
 FULL = Method("full fine-tuning", FullOptions(), 1e-4)
-HOULSBY = Method("Houlsby, width 64", BottleneckOptions(width=64), 3e-3)
-NARROW = Method("Houlsby, width 16", BottleneckOptions(width=16), 3e-3)
+HOULSBY = Method("Houlsby, width 16", BottleneckOptions(width=16), 3e-3)
 LORA = Method("LoRA, rank 4", LoraOptions(rank=4, alpha=8.0), 3e-3)
 PREFIX = Method("prefix tuning, 5 tokens", PrefixOptions(5, encoder_width=128), 3e-3)
 DEEP_PROMPT = Method("P-tuning v2, 5 tokens", PrefixOptions(5), 1e-1)
@@ -41,7 +40,6 @@ TOP_LAYERS = {
 METHODS = (
     FULL,
     HOULSBY,
-    NARROW,
     LORA,
     PREFIX,
     DEEP_PROMPT,
