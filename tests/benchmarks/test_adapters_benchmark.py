@@ -1,5 +1,6 @@
 """The parts of benchmarks/adapters that a wrong factor would spoil silently."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from benchmarks.adapters import sst2
 from benchmarks.adapters.methods import FULL, HOULSBY, LORA, METHODS, TOP_LAYERS
+from benchmarks.adapters.results import PAGE, RESULTS, summarise
 from benchmarks.adapters.work import BASES
 
 
@@ -65,3 +67,7 @@ def test_layers_on_top_count_where_they_reach_houlsbys_score(right: Any) -> None
 def test_every_claim_names_its_method_once(right: Any) -> None:
     claims = [claim.claim for claim in sst2.claims_of(right, rows())]
     assert len(set(claims)) == len(claims) == 2 + 1 + 1 + len(METHODS)
+
+
+def test_the_page_is_what_the_results_say() -> None:
+    assert PAGE.read_text() == summarise(json.loads(RESULTS.read_text()))
