@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stillroom.adapters.places import adaptable_stacks
+from stillroom.adapters.probe import short_pass
 from stillroom.errors import MismatchError
 
 PROBED = 64  # hidden values that are kept
@@ -31,21 +32,15 @@ class BaseIdentity:
 
 @torch.no_grad()
 def identify(base: Any) -> BaseIdentity:
-    """Return the identity of a base that wears no adapter; it is in evaluation mode meanwhile."""
+    """Return the identity of a base that wears no adapter."""
     embeddings = base.get_input_embeddings().weight  # (vocab, hidden)
     shape = {
         "vocabulary": embeddings.shape[0],
         "hidden_size": embeddings.shape[1],
         "layers": sum(len(blocks) for blocks in adaptable_stacks(base).values()),
     }
-    ids = (torch.arange(TOKENS, device=embeddings.device) * 7 + 3) % shape["vocabulary"]
-    inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
-    if getattr(base.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = inputs["input_ids"]
-    training = base.training
-    base.eval()
-    hidden: Tensor = base.base_model(**inputs)[0].float().flatten()  # (tokens · hidden,)
-    base.train(training)
+    ids = (torch.arange(TOKENS) * 7 + 3) % shape["vocabulary"]
+    hidden: Tensor = short_pass(base, ids[None])[0].float().flatten()  # (tokens · hidden,)
     kept = hidden[:: max(len(hidden) // PROBED, 1)][:PROBED] / hidden.abs().max()
     return BaseIdentity(
         architecture=str(base.config.model_type),
@@ -86,9 +81,3 @@ def require_same_base(trained_on: BaseIdentity, here: BaseIdentity, what: str) -
 
 def _tolerance(dtype: str) -> float:
     return TOLERANCE.get(getattr(torch, dtype), HALF_TOLERANCE)
-
-
-def without_gradients(model: nn.Module) -> None:
-    """Freeze every parameter of `model`."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)

@@ -113,12 +113,6 @@ def load_adapter(base: Any, folder: Path) -> AdaptedModel:
     return adapted.eval()
 
 
-def base_reference(folder: Path) -> str:
-    """Return what the adapter in `folder` says of where its base is."""
-    description = json.loads((folder / DESCRIPTION).read_text())
-    return str(description["base"]["reference"])
-
-
 def set_base_reference(folder: Path, reference: str) -> None:
     """Have the adapter in `folder` say that its base is at `reference`."""
     for file, keys in ((DESCRIPTION, ("base", "reference")), (PEFT_CONFIG, ())):

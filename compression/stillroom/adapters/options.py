@@ -73,7 +73,7 @@ class PrefixOptions:
 class PromptOptions:
     """Embeddings that stand before the text's (2104.08691).
 
-    They start as those of `init_text`'s tokens, or of words drawn from the vocabulary.
+    They start as those of the words `init_token_ids`, or of words drawn from the vocabulary.
     """
 
     num_virtual_tokens: int = 16

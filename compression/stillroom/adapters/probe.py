@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def short_pass(base: Any, ids: Tensor) -> None:
-    """Run the backbone of `base` on the words `ids` (1, length), with dropout off, for its hooks.
+def short_pass(base: Any, ids: Tensor) -> Any:
+    """Return what the backbone of `base` makes of the words `ids` (1, length), dropout off.
 
     A head is left out: it has no blocks, and it may want more than words.
     """
@@ -20,7 +20,7 @@ def short_pass(base: Any, ids: Tensor) -> None:
     modes = [(module, module.training) for module in base.modules()]
     base.eval()
     try:
-        backbone(**inputs)
+        return backbone(**inputs)
     finally:
         for module, training in modes:
             module.training = training

@@ -25,22 +25,7 @@ PART = 1 << 18
 DRAWN = 1 << 20
 
 
-class Projection(nn.Module):
-    """A fixed matrix P (rows, columns), known by its products with vectors."""
-
-    rows: int
-    columns: int
-
-    def product(self, vector: Tensor) -> Tensor:
-        """Return P v (rows,) of v (columns,)."""
-        raise NotImplementedError
-
-    def transposed_product(self, gradient: Tensor) -> Tensor:
-        """Return Pᵀ g (columns,) of g (rows,)."""
-        raise NotImplementedError
-
-
-def make_projection(kind: Kind, rows: int, columns: int, seed: int) -> Projection:
+def make_projection(kind: Kind, rows: int, columns: int, seed: int) -> "Projection":
     """Return the projection that `seed` stands for.
 
     Raises:
@@ -58,7 +43,7 @@ def make_projection(kind: Kind, rows: int, columns: int, seed: int) -> Projectio
             return Sparse(rows, columns, seed)
 
 
-class Fastfood(Projection):
+class Fastfood(nn.Module):
     """Blocks √(n/D) · S H G Π H B, one below the other, cut to (D, d) (Le et al. 2013, 1408.3060).
 
     n is the least power of two that is at least d; v is filled up with zeros to n. H is
@@ -120,7 +105,7 @@ class Fastfood(Projection):
         return nn.functional.pad(given, (0, missing)).view(-1, self.size)
 
 
-class Sparse(Projection):
+class Sparse(nn.Module):
     """Entries ±1/√(D p) with probability p = 1/√D, else 0 (Li, Hastie & Church 2006).
 
     Each column is drawn by the number of its entries, then their rows. O(d √D) time and memory.
@@ -145,6 +130,10 @@ class Sparse(Projection):
     def transposed_product(self, gradient: Tensor) -> Tensor:
         """Return Pᵀ g (columns,) of g (rows,), in float32."""
         return self.transposed.product(gradient)
+
+
+Projection = Fastfood | Sparse
+"""A fixed matrix P (rows, columns), known by its products with vectors."""
 
 
 class Compressed(nn.Module):
