@@ -4,7 +4,6 @@ Measurements that are done are not done again: delete their files below .bench/a
 one, to repeat it. Exits 1 if a claim fails.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 
@@ -15,7 +14,7 @@ from benchmarks.adapters.results import gather
 from benchmarks.adapters.sst2 import measure_sst2
 from benchmarks.adapters.subspace_step import measure_subspace_step
 from benchmarks.adapters.text import measure_text
-from benchmarks.claims import print_claims
+from benchmarks.parts import run_parts
 
 MEASURES: dict[str, Callable[[], None]] = {
     "costs": measure_costs,
@@ -26,19 +25,5 @@ MEASURES: dict[str, Callable[[], None]] = {
 }
 
 
-def main() -> int:
-    """Return 1 if a claim fails."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", nargs="?", choices=("report", *MEASURES), help="all by default")
-    part = parser.parse_args().part
-    for name, measure in MEASURES.items():
-        if part == name or (part is None and not measure_path(name).exists()):
-            print(f"measuring {name}", flush=True)
-            measure()
-    claims = gather(list(MEASURES))
-    print_claims(claims)
-    return int(not all(claim.holds for claim in claims))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_parts(__doc__, MEASURES, measure_path, gather))

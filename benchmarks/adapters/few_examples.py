@@ -1,7 +1,5 @@
 """The low-data setting: 200 phrases, where prefix tuning is said to win (2101.00190, 6.3)."""
 
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from statistics import fmean
 from typing import Any
 
@@ -15,13 +13,14 @@ from benchmarks.adapters.methods import (
     Method,
 )
 from benchmarks.adapters.places import measure_path
-from benchmarks.adapters.sst2 import points_lost, use_one_thread
+from benchmarks.adapters.sst2 import points_lost
 from benchmarks.adapters.work import (
     SEEDS,
     base_folder,
     correct,
     fresh,
     has_data,
+    side_by_side,
     split,
     test_rows,
     train_rows,
@@ -29,7 +28,6 @@ from benchmarks.adapters.work import (
 )
 from benchmarks.claims import write_measure
 from stillroom.adapters.training import train_adapter
-from stillroom.hardware import threads_here
 
 EXAMPLES = 200
 EPOCHS = 10.0
@@ -42,10 +40,7 @@ def measure_few_examples() -> None:
         return
     base_folder("fp32")
     cells = [(method, seed) for method in COMPARED for seed in SEEDS]
-    with ProcessPoolExecutor(
-        threads_here(), mp_context=get_context("spawn"), initializer=use_one_thread
-    ) as pool:
-        found = list(pool.map(_right, *zip(*cells, strict=True)))
+    found = side_by_side(_right, cells)
     right: dict[str, list[list[int]]] = {}
     for (method, _), one in zip(cells, found, strict=True):
         right.setdefault(method.name, []).append(one)

@@ -1,4 +1,4 @@
-"""The methods that are compared, each with the learning rate that served it best (rates.py)."""
+"""The methods that are compared, each with its learning rate (chosen after rates.py)."""
 
 from dataclasses import dataclass
 

@@ -7,6 +7,7 @@ from benchmarks.adapters.places import HERE, measure_path
 from benchmarks.adapters.plot import plot
 from benchmarks.circumstances import circumstances, circumstances_line
 from benchmarks.claims import Claim, claims_table
+from benchmarks.parts import read_measures, texts_of
 from benchmarks.tables import table
 
 RESULTS = HERE / "results.json"
@@ -79,17 +80,10 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
 
 def gather(names: list[str]) -> list[Claim]:
     """Write results.json and its page from the measurements that are done; return the claims."""
-    measures: dict[str, Any] = {}
-    claims: list[Claim] = []
-    for name in names:
-        if measure_path(name).exists():
-            found = json.loads(measure_path(name).read_text())
-            claims += [Claim(**each) for each in found.pop("claims")]
-            measures[name] = found
-    texts = {name: found["text"] for name, found in measures.items() if "text" in found}
+    measures, claims = read_measures(names, measure_path)
     written = {
         **circumstances("adapters"),
-        "text": ", ".join(f"{text} ({name})" for name, text in texts.items()),
+        "text": texts_of(measures),
         "measures": measures,
         "claims": [claim.as_json() for claim in claims],
     }

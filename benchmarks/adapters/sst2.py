@@ -1,11 +1,7 @@
 """Every method on SST-2, on the full and on the 4-bit base."""
 
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from statistics import fmean
 from typing import Any
-
-import torch
 
 from benchmarks.adapters.methods import (
     FULL,
@@ -23,12 +19,12 @@ from benchmarks.adapters.work import (
     base_folder,
     has_data,
     result_of,
+    side_by_side,
     split,
 )
 from benchmarks.claims import Claim, at_least, at_most, write_measure
 from benchmarks.comparison import Estimate, mean_estimate
 from benchmarks.phrases import clustered_loss
-from stillroom.hardware import threads_here
 
 UPPER = 1.96  # standard errors
 SCORE = dict[tuple[str, str], list[list[int]]]
@@ -41,11 +37,7 @@ def measure_sst2() -> None:
     for base in BASES:
         base_folder(base)
     cells = [(method, base, seed) for seed in SEEDS for base in BASES for method in METHODS]
-    # One thread each, as many side by side as there are: half-filled batches gain from it.
-    with ProcessPoolExecutor(
-        threads_here(), mp_context=get_context("spawn"), initializer=use_one_thread
-    ) as pool:
-        found = list(pool.map(result_of, *zip(*cells, strict=True)))
+    found = side_by_side(result_of, cells)
     results: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for (method, base, _), result in zip(cells, found, strict=True):
         results.setdefault((base, method.name), []).append(result)
@@ -144,8 +136,3 @@ def _row(
         "glue": 100 * fmean(fmean(each["glue"]) for each in here),
         "learning_rate": method.learning_rate,
     }
-
-
-def use_one_thread() -> None:
-    """Have this process compute with one thread."""
-    torch.set_num_threads(1)

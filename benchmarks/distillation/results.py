@@ -7,6 +7,7 @@ from benchmarks.circumstances import circumstances, circumstances_line
 from benchmarks.claims import Claim, claims_table
 from benchmarks.distillation.places import HERE, measure_path
 from benchmarks.distillation.plot import plot
+from benchmarks.parts import read_measures, texts_of
 from benchmarks.tables import table
 
 RESULTS = HERE / "results.json"
@@ -82,16 +83,10 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
 
 def gather(names: list[str]) -> list[Claim]:
     """Write results.json and its page from the measurements that are done; return the claims."""
-    measures: dict[str, Any] = {}
-    claims: list[Claim] = []
-    for name in names:
-        if measure_path(name).exists():
-            found = json.loads(measure_path(name).read_text())
-            claims += [Claim(**each) for each in found.pop("claims")]
-            measures[name] = found
+    measures, claims = read_measures(names, measure_path)
     written = {
         **circumstances("distillation"),
-        "text": _texts(measures),
+        "text": texts_of(measures),
         "measures": measures,
         "claims": [claim.as_json() for claim in claims],
     }
@@ -99,14 +94,6 @@ def gather(names: list[str]) -> list[Claim]:
     PAGE.write_text(summarise(written))
     plot(measures, PLOT)
     return claims
-
-
-def _texts(measures: dict[str, Any]) -> str:
-    """Return which text each measurement was made on."""
-    names: dict[str, list[str]] = {}
-    for name, found in measures.items():
-        names.setdefault(found["text"], []).append(name)
-    return ", ".join(f"{text} ({', '.join(each)})" for text, each in names.items())
 
 
 def summarise(results: dict[str, Any]) -> str:
