@@ -29,6 +29,8 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "accuracy": "right, %",
             "lost": "lost against full fine-tuning on fp32, points",
             "standard_error": "± ",
+            "lost_itself": "lost against itself on fp32",
+            "itself_error": "± ",
             "glue": "right of GLUE's 872, %",
             "learning_rate": "learning rate",
         },

@@ -124,6 +124,7 @@ def _row(
 ) -> dict[str, Any]:
     here = results[base, method.name]
     lost = points_lost(right[BASES[0], FULL.name], right[base, method.name])
+    itself = points_lost(right[BASES[0], method.name], right[base, method.name])
     trained, whole = here[0]["trained"], results[BASES[0], FULL.name][0]["trained"]
     return {
         "base": base,
@@ -133,6 +134,8 @@ def _row(
         "accuracy": 100 * fmean(fmean(each["right"]) for each in here),
         "lost": lost.value,
         "standard_error": lost.standard_error,
+        "lost_itself": itself.value,
+        "itself_error": itself.standard_error,
         "glue": 100 * fmean(fmean(each["glue"]) for each in here),
         "learning_rate": method.learning_rate,
     }

@@ -67,6 +67,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "accuracy": "right, %",
             "lost": "lost against the teacher, points",
             "standard_error": "± ",
+            "glue": "right of GLUE's 872, %",
         },
     ),
     "mixture": (

@@ -110,6 +110,7 @@ def measure_few_labels() -> None:
     few = chosen.take(torch.arange(FEW))
     passes = TRAIN_EXAMPLES / FEW
     right: dict[str, list[list[bool]]] = {}
+    glue: dict[str, list[float]] = {}
     for seed in SEEDS:
         teacher = _teacher(few, seed, passes)
         cached = _cache(teacher, chosen, seed, "sst2-few")
@@ -120,6 +121,7 @@ def measure_few_labels() -> None:
         }
         for name, model in models.items():
             right.setdefault(name, []).append(correct(model, _rows(test)))
+            glue.setdefault(name, []).append(fmean(correct(model, _rows(_glue()))))
         print(f"seed {seed}", {name: fmean(each[-1]) for name, each in right.items()}, flush=True)
     sentences = [each.sentence for each in test]
     gain = _lost(right[OURS.name], right[ALONE.name], sentences)
@@ -136,6 +138,7 @@ def measure_few_labels() -> None:
             "accuracy": 100 * fmean(map(fmean, each)),
             "lost": _lost(right["teacher"], each, sentences).value,
             "standard_error": _lost(right["teacher"], each, sentences).standard_error,
+            "glue": 100 * fmean(glue[name]),
         }
         for name, each in right.items()
     ]
