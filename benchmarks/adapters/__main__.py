@@ -7,7 +7,9 @@ one, to repeat it. Exits 1 if a claim fails.
 import sys
 from collections.abc import Callable
 
+from benchmarks.adapters.by_peft import measure_by_peft
 from benchmarks.adapters.costs import measure_costs
+from benchmarks.adapters.dimension import measure_dimension
 from benchmarks.adapters.few_examples import measure_few_examples
 from benchmarks.adapters.places import measure_path
 from benchmarks.adapters.results import gather
@@ -19,8 +21,10 @@ from benchmarks.parts import run_parts
 MEASURES: dict[str, Callable[[], None]] = {
     "costs": measure_costs,
     "sst2": measure_sst2,
+    "by_peft": measure_by_peft,
     "few_examples": measure_few_examples,
     "text": measure_text,
+    "dimension": measure_dimension,
     "subspace_step": measure_subspace_step,
 }
 

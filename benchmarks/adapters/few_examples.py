@@ -20,13 +20,13 @@ from benchmarks.adapters.work import (
     correct,
     fresh,
     has_data,
-    side_by_side,
     split,
     test_rows,
     train_rows,
     training,
 )
 from benchmarks.claims import write_measure
+from benchmarks.side_by_side import side_by_side
 from stillroom.adapters.training import train_adapter
 
 EXAMPLES = 200

@@ -35,6 +35,19 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "learning_rate": "learning rate",
         },
     ),
+    "by_peft": (
+        "## By peft\n\nThe same methods as peft has them, on fp32, at the same learning rate; "
+        "seeds: {seeds}.",
+        {
+            "method": "method",
+            "trained": "trained parameters",
+            "peft_trained": "peft's",
+            "accuracy": "right, %",
+            "peft_accuracy": "by peft, %",
+            "lost": "lost against peft, points",
+            "standard_error": "± ",
+        },
+    ),
     "few_examples": (
         "## The same with {train_examples} phrases, ten times, others for each of {seeds} seeds",
         {
@@ -65,6 +78,21 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "gained": "gained, nats",
             "standard_error": "± ",
             "seconds": "seconds a step",
+        },
+    ),
+    "dimension": (
+        "## In how few dimensions SST-2 is learned\n\nd{percent}: where {percent} % of full "
+        "fine-tuning's accuracy is reached, over {seeds} seeds; {train_examples} phrases, twice, "
+        "measured on {examples} of other sentences.",
+        {
+            "model": "model",
+            "parameters": "parameters",
+            "full": "all of them trained, right, %",
+            "dimension": "dimensions",
+            "low": "95 % from",
+            "high": "to",
+            "lora_rank": "LoRA's rank with as many",
+            "trials": "trials",
         },
     ),
     "subspace_step": (

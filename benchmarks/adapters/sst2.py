@@ -19,12 +19,12 @@ from benchmarks.adapters.work import (
     base_folder,
     has_data,
     result_of,
-    side_by_side,
     split,
 )
 from benchmarks.claims import Claim, at_least, at_most, write_measure
 from benchmarks.comparison import Estimate, mean_estimate
 from benchmarks.phrases import clustered_loss
+from benchmarks.side_by_side import side_by_side
 
 UPPER = 1.96  # standard errors
 SCORE = dict[tuple[str, str], list[list[int]]]

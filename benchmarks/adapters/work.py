@@ -3,10 +3,7 @@
 import json
 import random
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,6 @@ from stillroom.adapters.adapted_model import AdaptedModel
 from stillroom.adapters.training import train_adapter
 from stillroom.builtin import import_builtin
 from stillroom.data.examples import Examples
-from stillroom.hardware import threads_here
 from stillroom.models import load_model, load_pretrained, load_tokenizer, save_model, tokenizer_hash
 from stillroom.quantization.formats.export import save_quantized
 from stillroom.quantization.options import QuantizationOptions
@@ -105,21 +101,6 @@ def base_folder(base: str) -> Path:
     result = quantize_model(dense, calibration, options)
     save_quantized(dense, load_tokenizer(base_folder("fp32")), result, folder)
     return folder
-
-
-def side_by_side(work: Callable[..., Any], cells: list[tuple[Any, ...]]) -> list[Any]:
-    """Return what `work` makes of each cell, as many at a time as there are threads.
-
-    One thread each: half-filled batches gain more from that than from two.
-    """
-    with ProcessPoolExecutor(
-        threads_here(), mp_context=get_context("spawn"), initializer=_use_one_thread
-    ) as pool:
-        return list(pool.map(work, *zip(*cells, strict=True)))
-
-
-def _use_one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def load_base(base: str) -> Any:

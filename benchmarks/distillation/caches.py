@@ -21,10 +21,11 @@ from stillroom.distillation.teacher_cache import CacheOptions, TeacherCache, cap
 from stillroom.training.loop import train
 
 LAYERS = 6
+DEFAULT, BIASED = "head and drawn tail", "top 12"
 KINDS = {
-    "head and drawn tail": CacheOptions(),
+    DEFAULT: CacheOptions(),
     "12 drawn": replace(CacheOptions(), head=0, draws=12),
-    "top 12": replace(CacheOptions(), kind="top_k", head=12, draws=0),
+    BIASED: replace(CacheOptions(), kind="top_k", head=12, draws=0),
 }
 BYTES = 40.0
 WORSE = 1.03
@@ -40,18 +41,18 @@ def measure_caches() -> None:
         kl[name] = held_out_kl(teacher, _trained(teacher, captured(name)))
     kl["no teacher"] = held_out_kl(teacher, _trained(teacher, None))
     ratios = {name: paired_ratio([each], [kl["dense"]]) for name, each in kl.items()}
-    ours, biased = kl["head and drawn tail"], kl["top 12"]
+    ours, biased = kl[DEFAULT], kl[BIASED]
     excess = paired_difference([biased], [[WORSE * each for each in ours]])
     claims = [
-        at_most("the default cache's bytes a token", BYTES, sizes["head and drawn tail"]),
+        at_most("the default cache's bytes a token", BYTES, sizes[DEFAULT]),
         at_most(
             "KL of a student of the default cache over that of dense logits",
             WORSE,
-            ratios["head and drawn tail"].value,
-            ratios["head and drawn tail"].standard_error,
+            ratios[DEFAULT].value,
+            ratios[DEFAULT].standard_error,
         ),
         at_least(
-            "KL of a student of the top 12 less 1.03 times that of the default cache's, in "
+            f"KL of a student of the {BIASED} less 1.03 times that of the default cache's, in "
             "paired standard errors",
             2.0,
             excess.value / excess.standard_error,
@@ -71,7 +72,7 @@ def measure_caches() -> None:
 
 
 @cache
-def captured(name: str = "head and drawn tail") -> TeacherCache:
+def captured(name: str = DEFAULT) -> TeacherCache:
     """Return the teacher's targets of the training rows, captured once a process."""
     rows = train_rows()
     folder = bench_folder() / "caches" / name.replace(" ", "-")

@@ -35,6 +35,29 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "bytes_per_token": "bytes a token",
         },
     ),
+    "bias": (
+        "## How far the targets are from dense logits, in shares of the mass\n\n"
+        "Over {positions} positions. The bias is what the likely words have too much; the "
+        "calibration error is the mass in the wrong bin of probability, of which targets without "
+        "bias have some by chance.",
+        {
+            "targets": "targets",
+            "bias": "bias to likely words",
+            "standard_error": "± ",
+            "calibration_error": "calibration error",
+            "by_chance": "of it by chance",
+        },
+    ),
+    "steps": (
+        "## A step of a student of {layers} layers\n\nReading the cache takes "
+        "{reading_seconds:.1e} s of it; the teacher needs {flops_teacher_over_student:.3f} of the "
+        "student's operations.",
+        {"teacher": "the teacher", "seconds": "seconds", "over_cached": "over a cached step"},
+    ),
+    "peak": (
+        "## Peak memory of training a student of {layers} layers, medians of {runs}",
+        {"case": "case", "gigabytes": "GB, the runtime included", "over_first": "over the first"},
+    ),
     "depths": (
         "## Depth",
         {
@@ -47,23 +70,12 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "sst2": (
         "## DistilBERT's claim: MiniLM and 3 of its 6 layers on SST-2, seeds: {seeds}\n\n"
-        "{train_examples} phrases to learn from, {examples} of other sentences to measure on; the "
-        "3 layers are {speed:.2f} times as fast. ± is over sentences and seeds.",
+        "{labelled} phrases have labels: the teacher learns from these, its student from what it "
+        "says of all {all_examples}. {examples} of other sentences to measure on; the 3 layers are "
+        "{speed:.2f} times as fast. ± is over sentences and seeds.",
         {
             "model": "model",
             "parameters": "parameters",
-            "accuracy": "right, %",
-            "lost": "lost against the teacher, points",
-            "standard_error": "± ",
-            "glue": "right of GLUE's 872, %",
-        },
-    ),
-    "few_labels": (
-        "## The same with {labels} labels\n\nThe teacher learns from these, its student from "
-        "what it says of all phrases, the student without a teacher from these alone, in as many "
-        "steps; seeds: {seeds}.",
-        {
-            "model": "model",
             "accuracy": "right, %",
             "lost": "lost against the teacher, points",
             "standard_error": "± ",

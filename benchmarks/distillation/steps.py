@@ -23,19 +23,20 @@ from stillroom.distillation.teacher_cache import TeacherCache
 from stillroom.training.loop import train
 
 LAYERS = 10
-ROUNDS = 5
+ROUNDS = 7
 STEPS = 4  # of which the first warms up
 
 
 def measure_steps() -> None:
-    """Time both kinds of step, interleaved, and how long the cache is read."""
+    """Time both kinds of step, interleaved, and how long the cache is read.
+
+    A round compares the two in the same minute: machines are not as fast in the next.
+    """
     teacher = load_teacher()
     cache = captured()
-    seconds: dict[str, list[float]] = {"cached": [], "online": []}
-    for _ in range(ROUNDS):
-        seconds["cached"] += _cached(teacher, cache)
-        seconds["online"] += _online(teacher)
-    cached, online = median(seconds["cached"]), median(seconds["online"])
+    rounds = [(median(_cached(teacher, cache)), median(_online(teacher))) for _ in range(ROUNDS)]
+    cached, online = (median(each) for each in zip(*rounds, strict=True))
+    slower = median(online / cached for cached, online in rounds)
     student = new_student(teacher, LAYERS)
     ratio = multiplications(teacher) * 2 / (multiplications(student) * 6)
     reading = median(_reading(cache) for _ in range(20))
@@ -44,13 +45,13 @@ def measure_steps() -> None:
             "seconds of a step with the teacher online over those of a cached one, over "
             "1 + F_teacher / F_student",
             0.95,
-            online / cached / (1 + ratio),
+            slower / (1 + ratio),
         ),
         at_least(
             f"seconds of a step with the teacher online over those of a cached one, student of "
             f"{LAYERS} layers",
             1.7,
-            online / cached,
+            slower,
         ),
         at_most("share of a step in which the cache is read", 0.05, reading / cached),
     ]
@@ -58,10 +59,13 @@ def measure_steps() -> None:
         measure_path("steps"),
         claims,
         text=text_source(),
-        cached_seconds=cached,
-        online_seconds=online,
+        layers=LAYERS,
         flops_teacher_over_student=ratio,
         reading_seconds=reading,
+        rows=[
+            {"teacher": "from the cache", "seconds": cached, "over_cached": 1.0},
+            {"teacher": "online", "seconds": online, "over_cached": slower},
+        ],
     )
 
 

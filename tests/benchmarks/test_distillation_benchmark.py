@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForCausalLM
 
-from benchmarks.distillation import mixture
+from benchmarks.distillation import mixture, sst2
 from benchmarks.distillation.results import PAGE, RESULTS, summarise
 from benchmarks.distillation.steps import multiplications
 from benchmarks.distillation.targets import HEADS, pairs_within
@@ -43,6 +43,23 @@ def test_a_share_needs_a_gain_and_fewer_nats_are_better(
     shares = {row["model"]: row["share_of_gain"] for row in kept["rows"]}
     assert shares[mixture.STARTED] == share
     assert [claim["holds"] for claim in kept["claims"]] == [True, False]
+
+
+def test_the_student_must_beat_the_better_of_those_without_a_teacher() -> None:
+    def answers(right: int) -> list[list[bool]]:
+        return [[place < right for place in range(200)]] * 2
+
+    right = {sst2.TEACHER: answers(180), sst2.OURS.title: answers(178)}
+    rivals = [rival.title for rival in sst2.ALONE]
+    sentences = [place // 2 for place in range(200)]
+    for better, worse in (rivals, reversed(rivals)):
+        found = right | {better: answers(179), worse: answers(100)}
+        kept, speed, gain = sst2.claims_of(found, sentences, speed=2.0)
+        assert kept.measured == pytest.approx(178 / 180)
+        assert speed.measured == 2.0
+        # Half a point lost, and no gain over the worse one makes up for it.
+        assert gain.measured < -0.5
+        assert not gain.holds
 
 
 def test_the_page_is_what_the_results_say() -> None:

@@ -41,18 +41,26 @@ def piece_arrays(teacher: nn.Module, plan: CapturePlan, piece: str) -> tuple[Arr
     """
     rows = plan.pieces[piece]
     with_hidden = plan.options.hidden_states == "last"
-    arrays: list[Arrays] = []
+    found: dict[int, Arrays] = {}
     facts = None
     with _asking(teacher):
-        for start in range(rows.start, rows.stop, plan.options.batch_rows):
-            part = slice(start, min(start + plan.options.batch_rows, rows.stop))
+        for part in torch.split(_by_length(plan.examples, rows), plan.options.batch_rows):
             outputs = _ask(teacher, plan.examples.take(part), hidden=with_hidden)
             # The logits' width can exceed both the tokenizer's and the config's count of words.
             width = 0 if outputs.hidden is None else outputs.hidden.shape[-1]
             facts = plan.facts(outputs.logits.shape[-1], width)
-            arrays += _batch(outputs, plan, part, facts, audit=piece == AUDIT)
+            arrays = _batch(outputs, plan, part, facts, audit=piece == AUDIT)
+            found |= dict(zip(part.tolist(), arrays, strict=True))
     assert facts is not None, "a piece has at least one row"
-    return {name: np.stack([row[name] for row in arrays]) for name in arrays[0]}, facts
+    in_order = [found[row] for row in range(rows.start, rows.stop)]
+    return {name: np.stack([row[name] for row in in_order]) for name in in_order[0]}, facts
+
+
+def _by_length(examples: Examples, rows: slice) -> Tensor:
+    """Return the numbers of `rows`, shorter ones first: batches of one length have no padding."""
+    lengths = examples.attention_mask[rows].sum(1)
+    order = torch.argsort(lengths, stable=True)
+    return torch.arange(rows.start, rows.stop)[order]
 
 
 @contextmanager
@@ -87,12 +95,12 @@ def _ask(teacher: nn.Module, examples: Examples, *, hidden: bool) -> _Outputs:
 
 
 def _batch(
-    outputs: _Outputs, plan: CapturePlan, rows: slice, facts: CacheFacts, *, audit: bool
+    outputs: _Outputs, plan: CapturePlan, rows: Tensor, facts: CacheFacts, *, audit: bool
 ) -> list[Arrays]:
-    """Return the arrays of each row; padding positions hold zeros."""
+    """Return the arrays of each of `rows` (batch,); padding positions hold zeros."""
     masks = plan.examples.attention_mask[rows].bool().to(outputs.logits.device)
     arrays = []
-    for i, row_hash in enumerate(plan.hashes[rows]):
+    for i, row_hash in enumerate(plan.hashes[row] for row in rows.tolist()):
         logits, mask = outputs.logits[i], masks[i]
         if not plan.examples.label_names:
             logits[~mask] = 0.0

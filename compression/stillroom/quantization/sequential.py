@@ -14,12 +14,12 @@ from torch import Tensor
 from stillroom.blocks import LinearWeight, find_stacks
 from stillroom.checkpoint import Checkpoints, FolderCheckpoints, NoCheckpoints
 from stillroom.errors import DataError, NotFiniteError
+from stillroom.memory import return_free_memory
 from stillroom.progress import Progress, silent
 from stillroom.quantization.capture import BlockCaller, CalibrationRows, Place, Rows
 from stillroom.quantization.choices import Choices
 from stillroom.quantization.embeddings import round_embeddings
 from stillroom.quantization.inputs import Round, collect, plan_rounds, watch_inputs
-from stillroom.quantization.memory import return_free_memory
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.pieces import Pieces, QuantizedLayer, work_fingerprint
 from stillroom.quantization.solving import solve_group, write_layer

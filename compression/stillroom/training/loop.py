@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stillroom.checkpoint import Checkpoints, FolderCheckpoints
 from stillroom.data.examples import Examples
 from stillroom.errors import DataError, NotFiniteError, RecipeError
+from stillroom.memory import keeping_free_memory
 from stillroom.progress import Progress, silent
 from stillroom.training.batches import Batch, RowOrder
 from stillroom.training.history import HELD_OUT_LOSS, TrainingHistory
@@ -28,6 +29,7 @@ from stillroom.training.options import (
 from stillroom.training.parameters import adamw, trainable_parameters
 from stillroom.training.state import TrainingState
 from stillroom.training.team import Team, gathered, joined
+from stillroom.training.tied_embedding import Lookups, apart_from_the_head
 
 
 class LossFunction(Protocol):
@@ -87,6 +89,7 @@ def train(
     steps = total_steps(options, len(examples))
     trainable_parameters(model)
     with ExitStack() as stack:
+        stack.enter_context(keeping_free_memory())
         stack.enter_context(mode(model, training=True))
         stack.enter_context(recomputing(model, wanted=options.gradient_checkpointing))
         team = stack.enter_context(joined(model, options.parallel))
@@ -101,7 +104,8 @@ def train(
             checkpoints,
             writes=team.rank == 0,
         )
-        run = _Run(team, examples, loss, options, state, held_out)
+        lookups = stack.enter_context(apart_from_the_head(team))
+        run = _Run(team, examples, loss, options, state, held_out, lookups)
         return run.go(steps, progress)
 
 
@@ -113,6 +117,7 @@ class _Run:
     options: TrainingOptions
     state: TrainingState
     held_out: HeldOut | None
+    lookups: Lookups
 
     def __post_init__(self) -> None:
         count = self.options.gradient_accumulation
@@ -209,6 +214,7 @@ class _Run:
             with self.team.collecting(last=place == mine[-1]):
                 # Processes take the mean of their gradients, which are parts of a sum.
                 (loss * (share * self.team.size)).backward()  # type: ignore[no-untyped-call]
+            self.lookups.add_gradient()
             for name, figure in ({"": value} | found).items():
                 means[name] = means.get(name, 0.0) + figure * share
         means = self.team.sum(means)

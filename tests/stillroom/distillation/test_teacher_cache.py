@@ -234,6 +234,25 @@ def test_classifier_keeps_its_logits(tmp_path):
     torch.testing.assert_close(cache.targets(torch.arange(5)).logits, expected)
 
 
+def test_rows_of_one_length_are_asked_together_and_kept_in_their_own_order(tmp_path):
+    teacher, examples = tiny_bert_classifier(), labelled_rows(8, length=32)
+    mask = torch.arange(32) < torch.tensor([30, 5, 31, 6, 29, 7, 32, 8])[:, None]
+    examples = replace(examples, input_ids=examples.input_ids * mask, attention_mask=mask.long())
+    asked = []
+    teacher.register_forward_pre_hook(
+        lambda module, args, kwargs: asked.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    options = replace(OPTIONS, rows_per_shard=8, batch_rows=4)
+    cache = capture(teacher, examples, tmp_path, options, tokenizer_hash=TOKENIZER)
+    assert asked == [(4, 8), (4, 32)]
+    with torch.no_grad():
+        expected = teacher(
+            input_ids=examples.input_ids, attention_mask=examples.attention_mask
+        ).logits
+    torch.testing.assert_close(cache.targets(torch.arange(8)).logits, expected)
+
+
 def test_rerun_and_resume_give_the_same_bytes(tmp_path):
     captured(tmp_path / "whole")
     captured(tmp_path / "again")

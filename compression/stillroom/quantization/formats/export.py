@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stillroom.blocks import weight_at
 from stillroom.evaluation.figures import ReloadCheck
+from stillroom.memory import return_free_memory
 from stillroom.models import Task, quiet
 from stillroom.quantization.formats.shards import SHARD_BYTES, ShardWriter
-from stillroom.quantization.memory import return_free_memory
 from stillroom.quantization.packing import pack
 from stillroom.quantization.sequential import QuantizationResult
 from stillroom.quantization.streaming import streamed_logits

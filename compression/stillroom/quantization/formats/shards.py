@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from stillroom.errors import SourceError
+from stillroom.memory import return_free_memory
 from stillroom.quantization.formats.folder import INDEX
-from stillroom.quantization.memory import return_free_memory
 
 SHARD_BYTES = 32 * 2**20
 WEIGHTS = "model.safetensors"
