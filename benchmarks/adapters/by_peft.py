@@ -8,21 +8,20 @@ import torch
 
 from benchmarks.adapters.methods import DEEP_PROMPT, LORA, P_TUNING, PREFIX, PROMPT, Method
 from benchmarks.adapters.places import cell_path, measure_path
-from benchmarks.adapters.sst2 import points_lost
 from benchmarks.adapters.work import (
     BASES,
     SEEDS,
     base_folder,
-    correct,
-    has_data,
     load_base,
     result_of,
+    test_examples,
     test_rows,
     train_rows,
     training,
 )
 from benchmarks.claims import write_measure
 from benchmarks.side_by_side import side_by_side
+from benchmarks.sst2 import correct, has_sst2, points_lost
 from stillroom.adapters.options import LoraOptions, PrefixOptions, PromptOptions, PTuningOptions
 from stillroom.fine_tuning import fine_tune
 
@@ -31,7 +30,7 @@ COMPARED = (LORA, PREFIX, DEEP_PROMPT, PROMPT, P_TUNING)
 
 def measure_by_peft() -> None:
     """Train each method as peft has it, at our learning rate, with every seed; compare."""
-    if not has_data():
+    if not has_sst2():
         return
     base_folder(BASES[0])
     cells = [(method, seed) for seed in SEEDS for method in COMPARED]
@@ -108,7 +107,7 @@ def _row(
 ) -> dict[str, Any]:
     places = [place for place, (of, _) in enumerate(cells) if of == method]
     mine, other = ([found[place]["right"] for place in places] for found in (ours, theirs))
-    lost = points_lost(other, mine)
+    lost = points_lost(other, mine, test_examples())
     return {
         "method": method.name,
         "trained": ours[places[0]]["trained"],

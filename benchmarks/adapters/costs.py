@@ -14,15 +14,13 @@ import torch
 
 from benchmarks.adapters.methods import FULL, METHODS
 from benchmarks.adapters.places import measure_path
-from benchmarks.adapters.work import BASES, LABELS, base_folder, fresh, training
+from benchmarks.adapters.work import BASES, base_folder, fresh, random_rows, training
 from benchmarks.claims import write_measure
 from benchmarks.places import ROOT
+from benchmarks.sst2 import BATCH, LENGTH
 from stillroom.adapters.training import train_adapter
-from stillroom.data.examples import Examples
 from stillroom.hardware import threads_here
 
-BATCH, LENGTH = 32, 64  # rows, tokens a row
-WORDS = 30_000
 STEPS = 6  # of which the first warms up
 ROUNDS = 3
 
@@ -77,18 +75,11 @@ def _measure(base: str, number: int) -> dict[str, Any]:
     method = METHODS[number]
     adapted = fresh(method, base, 0)
     before = _resident_bytes()
-    history = train_adapter(adapted, "a", _rows(), training(method, 0, steps=STEPS))
+    history = train_adapter(adapted, "a", random_rows(LENGTH), training(method, 0, steps=STEPS))
     return {
         "seconds": median(BATCH * LENGTH / speed for speed in history.tokens_per_second[1:]),
         "memory_bytes": float(_resident_bytes() - before),
     }
-
-
-def _rows() -> Examples:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, WORDS, (BATCH, LENGTH), generator=generator)
-    labels = torch.randint(0, len(LABELS), (BATCH,), generator=generator)
-    return Examples(ids, torch.ones_like(ids), labels, torch.arange(BATCH), "", LABELS)
 
 
 def _resident_bytes() -> int:

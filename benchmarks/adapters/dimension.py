@@ -14,17 +14,13 @@ import torch
 
 from benchmarks.adapters.places import bench_folder, cell_path, measure_path
 from benchmarks.adapters.work import (
-    BATCH,
-    LABELS,
-    LENGTH,
     base_folder,
-    has_data,
-    rows,
-    split,
+    test_examples,
     train_rows,
 )
 from benchmarks.claims import write_measure
 from benchmarks.side_by_side import side_by_side
+from benchmarks.sst2 import BATCH, LENGTH, NAMES, as_rows, has_sst2
 from benchmarks.text import text_source, texts
 from stillroom.data.examples import Examples
 from stillroom.distillation.distill import DistillationOptions, Taught, distill
@@ -58,7 +54,7 @@ MODELS = {"MiniLM, 6 layers": TEACHER_LAYERS, "its student, 3 layers": STUDENT_L
 
 def measure_dimension() -> None:
     """Search for both models' dimensions at once, trial beside trial, and keep their curves."""
-    if not has_data():
+    if not has_sst2():
         return
     for layers in MODELS.values():
         model_folder(layers)
@@ -98,7 +94,7 @@ def model_folder(layers: int) -> Path:
     folder = bench_folder() / f"minilm-{layers}-layers"
     if (folder / "config.json").exists():
         return folder
-    teacher = load_base(shipped, task="sequence_classification", label_names=LABELS).eval()
+    teacher = load_base(shipped, task="sequence_classification", label_names=NAMES).eval()
     student = initialise_student(teacher, choose_layers(TEACHER_LAYERS, layers))
     text = _text_rows()
     cached = capture(
@@ -124,7 +120,7 @@ def _text_rows() -> Examples:
     chosen = chosen[:STUDENT_ROWS].clone()
     labels, places = torch.zeros(len(chosen), dtype=torch.long), torch.arange(len(chosen))
     ones = torch.ones_like(chosen)
-    return Examples(chosen, ones, labels, places, tokenizer_hash(tokenizer), label_names=LABELS)
+    return Examples(chosen, ones, labels, places, tokenizer_hash(tokenizer), label_names=NAMES)
 
 
 def _score(layers: int, trial: Trial) -> tuple[float, ModelSize]:
@@ -134,7 +130,7 @@ def _score(layers: int, trial: Trial) -> tuple[float, ModelSize]:
         base = load_base(
             model_folder(layers),
             task="sequence_classification",
-            label_names=LABELS,
+            label_names=NAMES,
             head_seed=trial.seed,
         )
         outcome = run_trial(trial, base, (train_rows(TRAIN_EXAMPLES), _test_rows()), OPTIONS)
@@ -147,7 +143,7 @@ def _score(layers: int, trial: Trial) -> tuple[float, ModelSize]:
 
 @cache
 def _test_rows() -> Examples:
-    return rows(split()[1][:TEST_EXAMPLES])
+    return as_rows(test_examples()[:TEST_EXAMPLES], base_folder("fp32"))
 
 
 def _row(name: str, found: Dimension) -> dict[str, Any]:

@@ -13,20 +13,18 @@ from benchmarks.adapters.methods import (
     Method,
 )
 from benchmarks.adapters.places import measure_path
-from benchmarks.adapters.sst2 import points_lost
 from benchmarks.adapters.work import (
     SEEDS,
     base_folder,
-    correct,
     fresh,
-    has_data,
-    split,
+    test_examples,
     test_rows,
     train_rows,
     training,
 )
 from benchmarks.claims import write_measure
 from benchmarks.side_by_side import side_by_side
+from benchmarks.sst2 import Right, correct, has_sst2, points_lost
 from stillroom.adapters.training import train_adapter
 
 EXAMPLES = 200
@@ -36,17 +34,17 @@ COMPARED = (FULL, HOULSBY, LORA, PREFIX, DEEP_PROMPT, PROMPT)
 
 def measure_few_examples() -> None:
     """Train some methods on few phrases, other ones for each seed, and compare."""
-    if not has_data():
+    if not has_sst2():
         return
     base_folder("fp32")
     cells = [(method, seed) for method in COMPARED for seed in SEEDS]
     found = side_by_side(_right, cells)
-    right: dict[str, list[list[int]]] = {}
+    right: dict[str, Right] = {}
     for (method, _), one in zip(cells, found, strict=True):
         right.setdefault(method.name, []).append(one)
     rows: list[dict[str, Any]] = []
     for name, of in right.items():
-        lost = points_lost(right[FULL.name], of)
+        lost = points_lost(right[FULL.name], of, test_examples())
         rows.append(
             {
                 "method": name,
@@ -62,11 +60,11 @@ def measure_few_examples() -> None:
         rows=rows,
         seeds=len(SEEDS),
         train_examples=EXAMPLES,
-        examples=len(split()[1]),
+        examples=len(test_examples()),
     )
 
 
-def _right(method: Method, seed: int) -> list[int]:
+def _right(method: Method, seed: int) -> list[bool]:
     adapted = fresh(method, "fp32", seed)
     rows = train_rows(EXAMPLES, seed * EXAMPLES)
     train_adapter(adapted, "a", rows, training(method, seed, epochs=EPOCHS))

@@ -8,7 +8,8 @@ import sys
 from dataclasses import replace
 
 from benchmarks.adapters.methods import METHODS
-from benchmarks.adapters.work import TRAIN_EXAMPLES, correct, fresh, train_rows, training
+from benchmarks.adapters.work import TRAIN_EXAMPLES, fresh, train_rows, training
+from benchmarks.sst2 import correct
 from stillroom.adapters.training import train_adapter
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

@@ -17,22 +17,21 @@ from benchmarks.adapters.work import (
     SEEDS,
     TRAIN_EXAMPLES,
     base_folder,
-    has_data,
     result_of,
-    split,
+    test_examples,
 )
 from benchmarks.claims import Claim, at_least, at_most, write_measure
-from benchmarks.comparison import Estimate, mean_estimate
-from benchmarks.phrases import clustered_loss
 from benchmarks.side_by_side import side_by_side
+from benchmarks.sst2 import Right, has_sst2, points_lost
 
 UPPER = 1.96  # standard errors
-SCORE = dict[tuple[str, str], list[list[int]]]
+Score = dict[tuple[str, str], Right]
+"""By base and method."""
 
 
 def measure_sst2() -> None:
     """Train every method on both bases with every seed, and compare on held-out phrases."""
-    if not has_data():
+    if not has_sst2():
         return
     for base in BASES:
         base_folder(base)
@@ -48,13 +47,13 @@ def measure_sst2() -> None:
         claims_of(right, rows),
         text="SST-2",
         seeds=len(SEEDS),
-        examples=len(split()[1]),
+        examples=len(test_examples()),
         train_examples=TRAIN_EXAMPLES,
         rows=rows,
     )
 
 
-def claims_of(right: SCORE, rows: list[dict[str, Any]]) -> list[Claim]:
+def claims_of(right: Score, rows: list[dict[str, Any]]) -> list[Claim]:
     """Return what was promised of these figures."""
     dense, packed = BASES
     full = right[dense, FULL.name]
@@ -78,8 +77,8 @@ def claims_of(right: SCORE, rows: list[dict[str, Any]]) -> list[Claim]:
     return claims
 
 
-def _within(claim: str, before: list[list[int]], after: list[list[int]]) -> Claim:
-    loss = points_lost(before, after)
+def _within(claim: str, before: Right, after: Right) -> Claim:
+    loss = points_lost(before, after, test_examples())
     return at_most(
         f"SST-2, {claim}, upper 95 % bound of the paired difference",
         1.0,
@@ -106,25 +105,12 @@ def _top_layers(rows: list[dict[str, Any]]) -> Claim:
     )
 
 
-def points_lost(before: list[list[int]], after: list[list[int]]) -> Estimate:
-    """Return the accuracy lost in points, with the spread over sentences and over seeds."""
-    sentences = [each.sentence for each in split()[1]]
-    by_seed = [
-        clustered_loss([bool(x) for x in b], [bool(x) for x in a], sentences)
-        for b, a in zip(before, after, strict=True)
-    ]
-    values = mean_estimate([each.value for each in by_seed])
-    # Seeds share their test sentences, so that error does not shrink with their number.
-    sentence_error = fmean(each.standard_error for each in by_seed)
-    return Estimate(values.value, (values.standard_error**2 + sentence_error**2) ** 0.5)
-
-
 def _row(
-    method: Method, base: str, results: dict[tuple[str, str], list[dict[str, Any]]], right: SCORE
+    method: Method, base: str, results: dict[tuple[str, str], list[dict[str, Any]]], right: Score
 ) -> dict[str, Any]:
     here = results[base, method.name]
-    lost = points_lost(right[BASES[0], FULL.name], right[base, method.name])
-    itself = points_lost(right[BASES[0], method.name], right[base, method.name])
+    lost = points_lost(right[BASES[0], FULL.name], right[base, method.name], test_examples())
+    itself = points_lost(right[BASES[0], method.name], right[base, method.name], test_examples())
     trained, whole = here[0]["trained"], results[BASES[0], FULL.name][0]["trained"]
     return {
         "base": base,

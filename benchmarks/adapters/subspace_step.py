@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from benchmarks.adapters.places import measure_path
+from benchmarks.adapters.work import random_rows
 from benchmarks.claims import Claim, at_most, write_measure
+from benchmarks.sst2 import BATCH, LENGTH, NAMES
 from stillroom.builtin import import_builtin
-from stillroom.data.examples import Examples
 from stillroom.fine_tuning import fine_tune
 from stillroom.intrinsic_dimension.artifact import load_base
 from stillroom.intrinsic_dimension.hadamard import transform
@@ -20,12 +21,9 @@ from stillroom.training.options import TrainingOptions
 
 THREADS = 2
 FLOATS = 1 << 24
-BATCH, LENGTH = 32, 64  # rows, tokens a row
 DIMENSION = 1000
 ROUNDS = 5
 STEPS = 3  # of which the first warms up
-WORDS = 30_000
-LABELS = ("negative", "positive")
 
 
 def measure() -> dict[str, float]:
@@ -76,20 +74,12 @@ def _step_seconds() -> dict[str, float]:
 
 
 def _classifier(folder: Path) -> Any:
-    return load_base(folder, task="sequence_classification", label_names=LABELS)
+    return load_base(folder, task="sequence_classification", label_names=NAMES)
 
 
 def _steps(model: torch.nn.Module) -> list[float]:
-    history = fine_tune(model, _rows(), TrainingOptions(steps=STEPS, batch_rows=BATCH))
+    history = fine_tune(model, random_rows(LENGTH), TrainingOptions(steps=STEPS, batch_rows=BATCH))
     return [BATCH * LENGTH / speed for speed in history.tokens_per_second[1:]]
-
-
-def _rows() -> Examples:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, WORDS, (BATCH, LENGTH), generator=generator)
-    labels = torch.randint(0, len(LABELS), (BATCH,), generator=generator)
-    mask, documents = torch.ones_like(ids), torch.arange(BATCH)
-    return Examples(ids, mask, labels, documents, "", LABELS)
 
 
 def measure_subspace_step() -> None:

@@ -11,75 +11,57 @@ import torch
 
 from benchmarks.adapters.methods import Method
 from benchmarks.adapters.places import bench_folder, cell_path
-from benchmarks.phrases import Example, read_examples, split_by_sentence
-from benchmarks.places import data_folder
+from benchmarks.phrases import Example
+from benchmarks.sst2 import BATCH, NAMES, as_rows, correct, glue_examples, split
 from stillroom.adapters.adapted_model import AdaptedModel
 from stillroom.adapters.training import train_adapter
 from stillroom.builtin import import_builtin
 from stillroom.data.examples import Examples
-from stillroom.models import load_model, load_pretrained, load_tokenizer, save_model, tokenizer_hash
+from stillroom.models import load_model, load_pretrained, load_tokenizer, save_model
 from stillroom.quantization.formats.export import save_quantized
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sequential import quantize_model
 from stillroom.training.options import TrainingOptions
 
 SEEDS = (0, 1, 2)
-LABELS = ("negative", "positive")
 TRAIN_EXAMPLES = 3_000
 TEST_EXAMPLES = 5_000
 CALIBRATION_EXAMPLES = 512
-LENGTH = 64  # tokens, longer phrases are cut
-BATCH = 32
 BITS = 4
+WORDS = 30_000
 BASES = ("fp32", f"{BITS} bits")
-
-
-def has_data() -> bool:
-    """Return whether SST-2 is at hand."""
-    return (data_folder() / "sst2").exists()
-
-
-@cache
-def split() -> tuple[list[Example], list[Example]]:
-    """Return the training and the test phrases, which share no sentence."""
-    examples = read_examples(data_folder() / "sst2")
-    return split_by_sentence(examples, random.Random(0), TEST_EXAMPLES)
 
 
 @cache
 def train_rows(count: int = TRAIN_EXAMPLES, skipped: int = 0) -> Examples:
     """Return so many training phrases, drawn once and for all."""
-    return rows(random.Random(1).sample(split()[0], skipped + count)[skipped:])
+    drawn = random.Random(1).sample(split(TEST_EXAMPLES)[0], skipped + count)
+    return as_rows(drawn[skipped:], base_folder("fp32"))
+
+
+def test_examples() -> list[Example]:
+    """Return the phrases of other sentences that every model is measured on."""
+    return split(TEST_EXAMPLES)[1]
 
 
 @cache
 def test_rows() -> Examples:
-    """Return the phrases of other sentences that every model is measured on."""
-    return rows(split()[1])
+    """Return the test phrases as rows of tokens."""
+    return as_rows(test_examples(), base_folder("fp32"))
 
 
 @cache
 def glue_rows() -> Examples:
     """Return GLUE's 872 sentences."""
-    lines = (data_folder() / "sst2" / "test.tsv").read_text().splitlines()[1:]
-    pairs = [line.rpartition("\t") for line in lines]
-    return rows([Example(text.strip(), int(label), i) for i, (text, _, label) in enumerate(pairs)])
+    return as_rows(glue_examples(), base_folder("fp32"))
 
 
-def rows(examples: list[Example]) -> Examples:
-    """Return phrases as rows of tokens with their labels."""
-    tokenizer = load_tokenizer(base_folder("fp32"))
-    found = tokenizer(
-        [each.text for each in examples],
-        padding="max_length",
-        truncation=True,
-        max_length=LENGTH,
-        return_tensors="pt",
-    )
-    ids, mask = found["input_ids"], found["attention_mask"]
-    labels = torch.tensor([each.label for each in examples])
-    documents = torch.arange(len(ids))
-    return Examples(ids, mask, labels, documents, tokenizer_hash(tokenizer), label_names=LABELS)
+def random_rows(length: int) -> Examples:
+    """Return a batch of random words of MiniLM's, full to the last place."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, WORDS, (BATCH, length), generator=generator)
+    labels = torch.randint(0, len(NAMES), (BATCH,), generator=generator)
+    return Examples(ids, torch.ones_like(ids), labels, torch.arange(BATCH), "", NAMES)
 
 
 @cache
@@ -92,7 +74,7 @@ def base_folder(base: str) -> Path:
         shipped = bench_folder() / "minilm"
         import_builtin("minilm", shipped)
         torch.manual_seed(0)
-        model = load_pretrained(shipped, task="sequence_classification", label_names=LABELS)
+        model = load_pretrained(shipped, task="sequence_classification", label_names=NAMES)
         save_model(model, load_tokenizer(shipped), folder)
         return folder
     dense = load_model(base_folder("fp32"), task="sequence_classification")
@@ -149,15 +131,3 @@ def count_trained(adapted: AdaptedModel) -> int:
     """Return the adapter's parameters, without its head, which every method has."""
     worn = adapted.worn("a")
     return sum(p.numel() for p in worn.method.parameters())
-
-
-@torch.no_grad()
-def correct(model: Any, of: Examples) -> list[int]:
-    """Return of each row 1 if it is classified as it is labelled, else 0."""
-    model.eval()
-    right = torch.zeros(len(of), dtype=torch.long)
-    for places in of.attention_mask.sum(1).argsort().split(4 * BATCH):
-        part = of.take(places).without_shared_padding()
-        logits = model(input_ids=part.input_ids, attention_mask=part.attention_mask).logits
-        right[places] = (logits.argmax(-1) == part.labels).long()
-    return right.tolist()  # type: ignore[no-any-return]

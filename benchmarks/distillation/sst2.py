@@ -12,12 +12,21 @@ from typing import Any
 import torch
 
 from benchmarks.claims import Claim, at_least, write_measure
-from benchmarks.comparison import Estimate, mean_estimate
 from benchmarks.distillation.places import bench_folder, measure_path
 from benchmarks.distillation.work import FULL
-from benchmarks.phrases import Example, clustered_loss, read_examples, split_by_sentence
-from benchmarks.places import data_folder
+from benchmarks.phrases import Example
 from benchmarks.side_by_side import side_by_side
+from benchmarks.sst2 import (
+    BATCH,
+    NAMES,
+    Right,
+    as_rows,
+    correct,
+    glue_examples,
+    has_sst2,
+    points_lost,
+    split,
+)
 from stillroom.builtin import import_builtin
 from stillroom.data.examples import Examples
 from stillroom.distillation.cache_files import FACTS
@@ -25,18 +34,15 @@ from stillroom.distillation.distill import DistillationOptions, Taught, distill
 from stillroom.distillation.student import choose_layers, initialise_student
 from stillroom.distillation.teacher_cache import CacheOptions, TeacherCache, capture
 from stillroom.fine_tuning import fine_tune
-from stillroom.models import load_model, load_pretrained, load_tokenizer, save_model, tokenizer_hash
+from stillroom.models import load_model, load_pretrained, load_tokenizer, save_model
 from stillroom.training.options import TrainingOptions
 
 SEEDS = (0, 1, 2)
-NAMES = ("negative", "positive")
 LABELLED = 4_000
 ALL_EXAMPLES = 48_000 if FULL else 24_000
 TEST_EXAMPLES = 10_000
 TEACHER_LAYERS, STUDENT_LAYERS = 6, 3
 TEACHER_PASSES = 3.0
-LENGTH = 64  # tokens, longer phrases are cut
-BATCH = 32
 TEMPERATURE = 2.0
 LOWER = -1.96  # standard errors
 SPEED_ROUNDS = 7
@@ -73,8 +79,6 @@ VARIANTS = (
     Variant("labels of all phrases", False, rows=ALL_EXAMPLES, passes=1.0),
 )
 TEACHER = "teacher"
-Right = dict[str, list[list[bool]]]
-"""For each model and seed, of each test phrase whether it is classified as it is labelled."""
 
 
 def measure_sst2() -> None:
@@ -83,26 +87,27 @@ def measure_sst2() -> None:
     The teacher learns from the few phrases with labels; its student from what it says of all, the
     student without a teacher from the labels.
     """
-    if not (data_folder() / "sst2").exists():
+    if not has_sst2():
         return
     _shipped()
     side_by_side(_prepare, [(seed,) for seed in SEEDS])
     cells = [(title, seed) for title in (TEACHER, *_variants()) for seed in SEEDS]
-    right: Right = {}
+    right: dict[str, Right] = {}
     glue: dict[str, list[float]] = {}
     parameters: dict[str, int] = {}
     for (title, _), found in zip(cells, side_by_side(_result, cells), strict=True):
         right.setdefault(title, []).append(found["right"])
         glue.setdefault(title, []).append(fmean(found["glue"]))
         parameters[title] = found["parameters"]
-    sentences = [each.sentence for each in _split()[1]]
+    test = split(TEST_EXAMPLES)[1]
+    lost = {title: points_lost(right[TEACHER], each, test) for title, each in right.items()}
     rows = [
         {
             "model": title,
             "parameters": parameters[title],
             "accuracy": 100 * fmean(map(fmean, each)),
-            "lost": _lost(right[TEACHER], each, sentences).value,
-            "standard_error": _lost(right[TEACHER], each, sentences).standard_error,
+            "lost": lost[title].value,
+            "standard_error": lost[title].standard_error,
             "glue": 100 * fmean(glue[title]),
         }
         for title, each in right.items()
@@ -110,35 +115,22 @@ def measure_sst2() -> None:
     speed = _speed_ratio()
     write_measure(
         measure_path("sst2"),
-        claims_of(right, sentences, speed),
+        claims_of(right, test, speed),
         text="SST-2",
         rows=rows,
         seeds=len(SEEDS),
-        examples=len(sentences),
+        examples=len(test),
         labelled=LABELLED,
         all_examples=ALL_EXAMPLES,
         speed=speed,
     )
 
 
-@torch.no_grad()
-def correct(model: Any, rows: Examples) -> list[bool]:
-    """Return whether each row is classified as it is labelled."""
-    model.eval()
-    order = rows.attention_mask.sum(1).argsort()
-    right = torch.zeros(len(rows), dtype=torch.bool)
-    for places in order.split(4 * BATCH):
-        part = rows.take(places).without_shared_padding()
-        logits = model(input_ids=part.input_ids, attention_mask=part.attention_mask).logits
-        right[places] = logits.argmax(-1) == part.labels
-    return right.tolist()  # type: ignore[no-any-return]
-
-
-def claims_of(right: Right, sentences: list[int], speed: float) -> list[Claim]:
+def claims_of(right: dict[str, Right], test: list[Example], speed: float) -> list[Claim]:
     """Return what was promised of these figures; the rival is the better of those without."""
     kept = fmean(map(fmean, right[OURS.title])) / fmean(map(fmean, right[TEACHER]))
     rival = max((right[each.title] for each in ALONE), key=lambda each: fmean(map(fmean, each)))
-    gain = _lost(right[OURS.title], rival, sentences)
+    gain = points_lost(right[OURS.title], rival, test)
     return [
         at_least(
             "SST-2: share of the teacher's accuracy that the 3-layer student keeps", 0.97, kept
@@ -152,15 +144,6 @@ def claims_of(right: Right, sentences: list[int], speed: float) -> list[Claim]:
             gain.standard_error,
         ),
     ]
-
-
-def _lost(before: list[list[bool]], after: list[list[bool]], sentences: list[int]) -> Estimate:
-    """Return the accuracy lost in points, with the spread over sentences and over seeds."""
-    by_seed = [clustered_loss(b, a, sentences) for b, a in zip(before, after, strict=True)]
-    values = mean_estimate([each.value for each in by_seed])
-    # Seeds share their test sentences, so that error does not shrink with their number.
-    sentence_error = fmean(each.standard_error for each in by_seed)
-    return Estimate(values.value, (values.standard_error**2 + sentence_error**2) ** 0.5)
 
 
 def _prepare(seed: int) -> None:
@@ -181,8 +164,8 @@ def _result(title: str, seed: int) -> dict[str, Any]:
     if not path.exists():
         model = _load_teacher(seed) if title == TEACHER else _student(_variants()[title], seed)
         found = {
-            "right": correct(model, _rows(_split()[1])),
-            "glue": correct(model, _rows(_glue())),
+            "right": correct(model, as_rows(split(TEST_EXAMPLES)[1], _shipped())),
+            "glue": correct(model, as_rows(glue_examples(), _shipped())),
             "parameters": sum(p.numel() for p in model.parameters()),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -241,7 +224,7 @@ def _training(seed: int, passes: float) -> TrainingOptions:
 
 def _speed_ratio() -> float:
     """Return how many times as fast the student is, medians of interleaved runs."""
-    rows = _rows(_split()[1][:512])
+    rows = as_rows(split(TEST_EXAMPLES)[1][:512], _shipped())
     teacher = _load_teacher(SEEDS[0])
     student = initialise_student(teacher, choose_layers(TEACHER_LAYERS, STUDENT_LAYERS))
     seconds: dict[bool, list[float]] = {True: [], False: []}
@@ -253,39 +236,10 @@ def _speed_ratio() -> float:
     return median(seconds[True]) / median(seconds[False])
 
 
-@cache
-def _split() -> tuple[list[Example], list[Example]]:
-    examples = read_examples(data_folder() / "sst2")
-    return split_by_sentence(examples, random.Random(0), TEST_EXAMPLES)
-
-
 def _train_rows(count: int) -> Examples:
     """Return so many training phrases, the first of an order that is drawn once and for all."""
-    return _rows(random.Random(1).sample(_split()[0], ALL_EXAMPLES)[:count])
-
-
-def _rows(examples: list[Example]) -> Examples:
-    tokenizer = load_tokenizer(_shipped())
-    found = tokenizer(
-        [each.text for each in examples],
-        padding="max_length",
-        truncation=True,
-        max_length=LENGTH,
-        return_tensors="pt",
-    )
-    labels = torch.tensor([each.label for each in examples])
-    ids, mask = found["input_ids"], found["attention_mask"]
-    return Examples(
-        ids, mask, labels, torch.arange(len(ids)), tokenizer_hash(tokenizer), label_names=NAMES
-    )
-
-
-def _glue() -> list[Example]:
-    lines = (data_folder() / "sst2" / "test.tsv").read_text().splitlines()[1:]
-    pairs = [line.rpartition("\t") for line in lines]
-    return [
-        Example(text.strip(), int(label), place) for place, (text, _, label) in enumerate(pairs)
-    ]
+    order = random.Random(1).sample(split(TEST_EXAMPLES)[0], ALL_EXAMPLES)
+    return as_rows(order[:count], _shipped())
 
 
 @cache

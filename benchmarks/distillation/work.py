@@ -52,9 +52,9 @@ def training(**changes: Any) -> TrainingOptions:
 
 
 @cache
-def train_rows() -> Examples:
+def train_rows(count: int = TRAIN_ROWS) -> Examples:
     """Return rows to learn from, drawn from all of the training text."""
-    return _rows(0, TRAIN_ROWS)
+    return _rows(0, count)
 
 
 @cache

@@ -21,7 +21,7 @@ from tasks.store.store import open_store
 from tasks.work import cache_teacher
 from tasks.work.bench import Bench
 
-ROWS = 256
+ROWS = 384
 ROUNDS = 3
 
 
@@ -33,7 +33,7 @@ def measure_workers() -> None:
     threads = torch.get_num_threads()
     folder = bench_folder() / "workers"
     shutil.rmtree(folder, ignore_errors=True)
-    rows = train_rows().take(slice(0, ROWS))
+    rows = train_rows(ROWS)
     folder.mkdir(parents=True)
     save_prepared(PreparedData(rows, rows, rows, {}), folder / "data")
     seconds: dict[int, list[float]] = {1: [], 2: []}

@@ -26,9 +26,9 @@ def return_free_memory() -> None:
 def keeping_free_memory() -> Iterator[None]:
     """Have what is freed kept for what comes next, then give it back; not glibc: do nothing.
 
-    Training frees and takes the same hundreds of megabytes in every step: logits, gradients. By
-    default glibc returns each large piece to the system, which clears page after page of it when
-    the next step writes there.
+    Training frees and takes the same hundreds of megabytes in every step, and so does asking a
+    teacher: logits, gradients. By default glibc returns each large piece to the system, which
+    clears page after page of it when the next step writes there.
     """
     if (set_option := _function("mallopt")) is None:
         yield

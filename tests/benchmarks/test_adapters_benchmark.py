@@ -1,7 +1,6 @@
 """The parts of benchmarks/adapters that a wrong factor would spoil silently."""
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,14 +9,17 @@ from benchmarks.adapters import sst2
 from benchmarks.adapters.methods import FULL, HOULSBY, LORA, METHODS, TOP_LAYERS
 from benchmarks.adapters.results import PAGE, RESULTS, summarise
 from benchmarks.adapters.work import BASES
+from benchmarks.phrases import Example
+from benchmarks.sst2 import Right, points_lost
+
+TEST = [Example("", 1, place // 2) for place in range(40)]
 
 
 @pytest.fixture
-def right(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], list[list[int]]]:
+def right(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], Right]:
     """Return three seeds of forty phrases in twenty sentences, all of them right."""
-    test = [SimpleNamespace(sentence=place // 2) for place in range(40)]
-    monkeypatch.setattr(sst2, "split", lambda: ([], test))
-    return {(base, method.name): [[1] * 40] * 3 for base in BASES for method in METHODS}
+    monkeypatch.setattr(sst2, "test_examples", lambda: TEST)
+    return {(base, method.name): [[True] * 40] * 3 for base in BASES for method in METHODS}
 
 
 def rows(**accuracy: float) -> list[dict[str, Any]]:
@@ -38,8 +40,8 @@ def rows(**accuracy: float) -> list[dict[str, Any]]:
 def test_what_is_lost_is_counted_in_points_and_only_the_upper_bound_decides(right: Any) -> None:
     claims = sst2.claims_of(right, rows(Houlsby=80.0))
     assert all(claim.holds for claim in claims)
-    right[BASES[0], LORA.name] = [[0] * 2 + [1] * 38] * 3
-    lost = sst2.points_lost(right[BASES[0], FULL.name], right[BASES[0], LORA.name])
+    right[BASES[0], LORA.name] = [[False] * 2 + [True] * 38] * 3
+    lost = points_lost(right[BASES[0], FULL.name], right[BASES[0], LORA.name], TEST)
     assert lost.value == pytest.approx(5.0)
     assert lost.standard_error == pytest.approx(5.0, rel=0.05)  # one sentence of twenty
     measured = {claim.claim: claim.measured for claim in sst2.claims_of(right, rows())}

@@ -10,6 +10,7 @@ from benchmarks.distillation import mixture, sst2
 from benchmarks.distillation.results import PAGE, RESULTS, summarise
 from benchmarks.distillation.steps import multiplications
 from benchmarks.distillation.targets import HEADS, pairs_within
+from benchmarks.phrases import Example
 from benchmarks.places import ROOT
 from stillroom.distillation.cache_files import sparse_bytes
 from stillroom.distillation.teacher_cache import CacheOptions
@@ -51,10 +52,10 @@ def test_the_student_must_beat_the_better_of_those_without_a_teacher() -> None:
 
     right = {sst2.TEACHER: answers(180), sst2.OURS.title: answers(178)}
     rivals = [rival.title for rival in sst2.ALONE]
-    sentences = [place // 2 for place in range(200)]
+    test = [Example("", 1, place // 2) for place in range(200)]
     for better, worse in (rivals, reversed(rivals)):
         found = right | {better: answers(179), worse: answers(100)}
-        kept, speed, gain = sst2.claims_of(found, sentences, speed=2.0)
+        kept, speed, gain = sst2.claims_of(found, test, speed=2.0)
         assert kept.measured == pytest.approx(178 / 180)
         assert speed.measured == 2.0
         # Half a point lost, and no gain over the worse one makes up for it.

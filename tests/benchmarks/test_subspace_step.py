@@ -1,6 +1,8 @@
 import torch
 
 from benchmarks.adapters import subspace_step
+from benchmarks.adapters.work import random_rows
+from benchmarks.sst2 import LENGTH
 
 
 def test_claims_say_what_was_promised() -> None:
@@ -13,6 +15,6 @@ def test_claims_say_what_was_promised() -> None:
 
 
 def test_the_rows_are_of_the_size_that_is_claimed() -> None:
-    rows = subspace_step._rows()
+    rows = random_rows(LENGTH)
     assert rows.input_ids.shape == (32, 64)
     assert torch.equal(rows.attention_mask, torch.ones_like(rows.input_ids))

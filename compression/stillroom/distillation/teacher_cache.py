@@ -21,6 +21,7 @@ from stillroom.distillation.cache_files import (
 )
 from stillroom.distillation.capture_plan import CacheOptions, CapturePlan
 from stillroom.distillation.teacher_outputs import piece_arrays
+from stillroom.memory import keeping_free_memory
 from stillroom.progress import Progress, silent
 from stillroom.training.state import require_same
 
@@ -83,10 +84,11 @@ def capture_pieces(
     Raises:
         NotFiniteError: the teacher's logits are NaN or infinite.
     """
-    for name in names:
-        with tempfile.TemporaryDirectory() as temporary:
-            _make(teacher, plan, name, Path(temporary), checkpoints)
-        made(name)
+    with keeping_free_memory():
+        for name in names:
+            with tempfile.TemporaryDirectory() as temporary:
+                _make(teacher, plan, name, Path(temporary), checkpoints)
+            made(name)
 
 
 def gather(
@@ -110,16 +112,17 @@ def gather(
     loaded = functools.cache(teacher)
     done = set(checkpoints.names())
     facts = None
-    for name, rows in plan.pieces.items():
-        with tempfile.TemporaryDirectory() as temporary:
-            piece = Path(temporary)
-            if name in done:
-                checkpoints.load(name, piece)
-            else:
-                _make(loaded(), plan, name, piece, checkpoints)
-            facts = _place(piece, name, plan, facts)
-            shutil.move(piece / tensor_file(name), folder / tensor_file(name))
-        progress(rows.stop, len(plan.examples), "rows")
+    with keeping_free_memory():
+        for name, rows in plan.pieces.items():
+            with tempfile.TemporaryDirectory() as temporary:
+                piece = Path(temporary)
+                if name in done:
+                    checkpoints.load(name, piece)
+                else:
+                    _make(loaded(), plan, name, piece, checkpoints)
+                facts = _place(piece, name, plan, facts)
+                shutil.move(piece / tensor_file(name), folder / tensor_file(name))
+            progress(rows.stop, len(plan.examples), "rows")
     assert facts is not None, "a plan has at least one piece"
     write_facts(folder, facts, list(plan.pieces))
     return TeacherCache.open(folder)

@@ -18,7 +18,7 @@ from stillroom.errors import NotFiniteError
 from stillroom.layout import input_device
 from stillroom.training.options import derived_seed
 
-CHUNK = 128
+CHUNK = 64
 """Positions whose (CHUNK, vocab) running sums, in float64, are in memory at once."""
 
 Arrays = dict[str, NDArray[Any]]
@@ -102,7 +102,7 @@ def _batch(
     arrays = []
     for i, row_hash in enumerate(plan.hashes[row] for row in rows.tolist()):
         logits, mask = outputs.logits[i], masks[i]
-        if not plan.examples.label_names:
+        if not plan.examples.label_names and not mask.all():
             logits[~mask] = 0.0
         _require_finite(logits, row_hash, "logits are NaN or infinite")
         row = (
@@ -119,7 +119,8 @@ def _batch(
 
 
 def _require_finite(values: Tensor, row_hash: str, what: str) -> None:
-    if not torch.isfinite(values).all():
+    # Both ends are NaN where any value is.
+    if not torch.isfinite(torch.stack(torch.aminmax(values))).all():
         raise NotFiniteError(
             f"teacher cache: the teacher's {what} on the row with hash {row_hash[:12]}; "
             "expected finite numbers: load it in another dtype"
@@ -132,10 +133,14 @@ def _sparse_row(logits: Tensor, mask: Tensor, row_hash: str, facts: CacheFacts) 
     shape = (len(logits), facts.draws + facts.head + 2)
     uniforms = torch.rand(shape, generator=generator, dtype=torch.float64).to(logits.device)
     chunks = []
+    # What changes nothing takes a pass over the logits all the same.
+    unit, full = facts.temperature == 1, bool(mask.all())
     for start in range(0, len(logits), CHUNK):
         here = slice(start, start + CHUNK)
-        probabilities = torch.softmax(logits[here].float() / facts.temperature, -1)
-        probabilities = probabilities.masked_fill(~mask[here].unsqueeze(-1), 0.0)
+        part = logits[here].float()
+        probabilities = torch.softmax(part if unit else part / facts.temperature, -1)
+        if not full:
+            probabilities = probabilities.masked_fill(~mask[here].unsqueeze(-1), 0.0)
         kept = sparsify(probabilities, facts.head, uniforms[here, : facts.draws])
         chunks.append(_pack(kept, mask[here], uniforms[here, facts.draws :], facts))
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
