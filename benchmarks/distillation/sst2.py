@@ -160,7 +160,8 @@ def _prepare(seed: int) -> None:
 
 def _result(title: str, seed: int) -> dict[str, Any]:
     """Return what a model got right, which is trained if it was not."""
-    path = bench_folder() / "cells" / f"sst2 {title} {seed}.json".replace(" ", "-").replace(",", "")
+    name = f"sst2 of {ALL_EXAMPLES} {title} {seed}.json".replace(" ", "-").replace(",", "")
+    path = bench_folder() / "cells" / name
     if not path.exists():
         model = _load_teacher(seed) if title == TEACHER else _student(_variants()[title], seed)
         found = {

@@ -207,6 +207,8 @@ def test_a_position_bias_is_the_text_s_alone(kind, masked):
 @pytest.mark.parametrize("kind", FITTING)
 def test_eager_and_sdpa_agree(kind):
     models = [build(kind), build(kind)]
+    if kind == "t5":  # whose scores are not scaled: in float32 they round apart by more than 1e-4
+        models = [model.double() for model in models]
     models[1].set_attn_implementation("eager")
     mask = torch.ones_like(words())
     mask[1, 4:] = 0
