@@ -181,7 +181,7 @@ def _variants() -> dict[str, Variant]:
 
 
 def _teacher_folder(seed: int) -> Path:
-    return bench_folder() / f"sst2-teacher-{seed}"
+    return bench_folder() / f"sst2-teacher-{seed}-of-{ALL_EXAMPLES}"
 
 
 def _load_teacher(seed: int) -> Any:
@@ -190,7 +190,7 @@ def _load_teacher(seed: int) -> Any:
 
 def _cache(seed: int, count: int) -> TeacherCache:
     """Return what a seed's teacher says of so many phrases."""
-    folder = bench_folder() / "caches" / f"sst2-{seed}-of-{count}"
+    folder = bench_folder() / "caches" / f"sst2-{seed}-{count}-of-{ALL_EXAMPLES}"
     if (folder / FACTS).exists():
         return TeacherCache.open(folder)
     rows = _train_rows(count)

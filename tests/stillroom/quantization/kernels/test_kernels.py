@@ -335,9 +335,8 @@ def test_the_kernel_is_printed():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("shape", [(1536, 576), (576, 1536)])
+@pytest.mark.parametrize("shape", [(576, 192), (576, 576), (1536, 576), (576, 1536)])
 def test_decode_is_not_slower_than_a_dense_layer(bits, shape):
-    """Smaller layers are calls more than products; what they take is the benchmark's to say."""
     layer = _layer(*shape, bits, bias=False)
     dense = layer.to_linear()
     before = torch.get_num_threads()
