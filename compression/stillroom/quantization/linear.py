@@ -66,7 +66,9 @@ class QuantizedLinear(nn.Module):
         if inputs.requires_grad and torch.is_grad_enabled():
             outputs: Tensor = _FrozenProduct.apply(inputs, self)  # type: ignore[no-untyped-call]
             return outputs
-        return self._multiply(inputs)
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return self._multiply(inputs)
+        return self._current_kernel()(inputs)  # at once: a small layer's product is as short
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """Return a dense layer with the same weight."""

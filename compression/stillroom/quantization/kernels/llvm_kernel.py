@@ -1,7 +1,7 @@
 """Multiply with a packed weight on a CPU, in machine code that LLVM makes for this machine.
 
 llvmlite is a wheel and carries LLVM: no compiler is needed, and none of the code is kept on disk.
-Making the code for one number of bits and tokens takes 0.05 to 0.5 s, once a process.
+Making the code for one number of bits and tokens takes 0.1 to 1 s, once a process.
 """
 
 import ctypes
@@ -10,7 +10,6 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import llvmlite.binding as llvm
 import torch
@@ -18,7 +17,9 @@ from torch import Tensor, nn
 
 from stillroom.errors import MismatchError
 from stillroom.quantization.kernels.dequantization import PackedLinear, TorchKernel, require_fit
-from stillroom.quantization.kernels.llvm_product import LONGEST_CHUNK, Shape, write_module
+from stillroom.quantization.kernels.llvm_module import LAUNCH, write_module
+from stillroom.quantization.kernels.llvm_product import LONGEST_CHUNK, Shape
+from stillroom.quantization.kernels.native_function import add_api, python_function
 from stillroom.quantization.packing import (
     pack_rows,
     unpack_rows,
@@ -35,6 +36,9 @@ OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 Launch = Callable[[int, int, int, int, int], None]
 
+_ENGINES: list[llvm.ExecutionEngine] = []
+"""Machine code lives as long as its engine."""
+
 
 @dataclass
 class Machine:
@@ -43,6 +47,10 @@ class Machine:
     lanes: int
     registers: int
     features: str
+    byte_products: bool
+    """Whether it sums products of four bytes in one instruction."""
+    byte_shifts: bool
+    """Whether it shifts each byte by a distance of its own."""
     has_openmp: bool
     """Whether torch's OpenMP was found, whose threads work here too: others would fight them."""
     has_team: bool
@@ -68,15 +76,20 @@ def this_machine() -> Machine:
     llvm.initialize_native_asmprinter()
     host = llvm.get_host_cpu_features()
     features = host.flatten()
+    byte_products = byte_shifts = False
     if host.get("avx512f", False):
         lanes, registers = 16, 32
+        byte_products = host.get("avx512vnni", False) and host.get("avx512vl", False)
+        byte_shifts = host.get("avx512vbmi", False) and host.get("avx512vl", False)
         features += ",-prefer-256-bit"  # which would split each vector in two
     elif host.get("avx2", False):
         lanes, registers = 8, 16
+        byte_products = host.get("avxvnni", False)
     else:
         lanes, registers = 4, 32 if platform.machine() in ("arm64", "aarch64") else 16
+    add_api()
     found = _find_openmp()
-    machine = Machine(lanes, registers, features, found, has_team=found)
+    machine = Machine(lanes, registers, features, byte_products, byte_shifts, found, has_team=found)
     if hasattr(os, "register_at_fork"):
         # A child has none of its parent's threads, and OpenMP would wait for them for ever.
         os.register_at_fork(after_in_child=machine.leave_team)
@@ -96,7 +109,7 @@ def _find_openmp() -> bool:
 
 @cache
 def compile_product(shape: Shape) -> Launch:
-    """Return `launch` of llvm_product for a shape, made once a process."""
+    """Return LAUNCH of llvm_module for a shape, made once a process."""
     machine = this_machine()
     module = llvm.parse_assembly(str(write_module(shape, machine.has_openmp)))
     target = llvm.Target.from_default_triple().create_target_machine(
@@ -109,17 +122,15 @@ def compile_product(shape: Shape) -> Launch:
     passes.getModulePassManager().run(module, passes)
     engine = llvm.create_mcjit_compiler(module, target)
     engine.finalize_object()
-    kind = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2)
-    launch: Any = kind(engine.get_function_address("launch"))
-    launch.engine = engine  # the code lives as long as its engine
-    return launch  # type: ignore[no-any-return]
+    _ENGINES.append(engine)
+    return python_function(engine.get_function_address(LAUNCH), LAUNCH)
 
 
 class LlvmKernel:
     """y = x Wᵀ + b on the CPU; no more of W than some registers full is unpacked at a time.
 
-    Sums are float32 whatever the inputs are, but float64 goes through torch. Several Python
-    threads may call it at once: the interpreter's lock is not held meanwhile.
+    Sums are as exact as in float32 or more, whatever the inputs are; float64 goes through torch.
+    Several Python threads may call it at once: the interpreter's lock is not held meanwhile.
     """
 
     def __init__(self, layer: PackedLinear) -> None:
@@ -166,15 +177,17 @@ class LlvmKernel:
             MismatchError: the inputs have another width than the weight.
         """
         # In a small layer each of these lines takes as long as the product of some rows.
-        dtype = inputs.dtype
-        if not _is_readable(inputs) or dtype is torch.float64:
+        dtype, shape = inputs.dtype, inputs.shape
+        kind = type(inputs)
+        is_readable = (kind is Tensor or kind is nn.Parameter) and inputs.is_cpu
+        if not is_readable or dtype is torch.float64:
             return self._torch(inputs)
-        *leading, width = inputs.shape
+        width = shape[-1]
         if width != self.in_features:
             raise MismatchError(f"expected inputs of {self.in_features} features, got {width}")
         x = inputs if dtype is torch.float32 else inputs.float()
         x = x.contiguous() if self._order is None else x.index_select(-1, self._order)
-        y = x.new_empty((*leading, self.out_features))
+        y = x.new_empty(*shape[:-1], self.out_features)
         tokens = x.numel() // width
         if tokens <= BLOCK:
             self._run(tokens, 1, x.data_ptr(), y.data_ptr())
@@ -204,14 +217,17 @@ class LlvmKernel:
 
     def _compile(self, tokens: int) -> Launch:
         machine = self._machine
-        shape = Shape(self.bits, tokens, machine.lanes, machine.registers, self._wide_scales)
+        shape = Shape(
+            self.bits,
+            tokens,
+            machine.lanes,
+            machine.registers,
+            machine.byte_products,
+            machine.byte_shifts,
+            self._wide_scales,
+        )
         launch = self._launches[tokens] = compile_product(shape)
         return launch
-
-
-def _is_readable(inputs: Tensor) -> bool:
-    """Return whether these are plain floats in this process's memory."""
-    return (type(inputs) is Tensor or type(inputs) is nn.Parameter) and inputs.is_cpu
 
 
 def chunk_table(g_idx: Tensor, unit: int) -> Tensor:

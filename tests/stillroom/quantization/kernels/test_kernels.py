@@ -65,14 +65,53 @@ def test_outputs_are_those_of_the_dense_product(bits, tokens):
     assert output_difference(layer, _inputs(tokens, SMALL[0])) < FLOAT32
 
 
-@pytest.mark.parametrize("lanes", [4, 8, 16])
-def test_narrower_vectors_give_the_same(lanes, monkeypatch):
-    machine = replace(llvm_kernel.this_machine(), lanes=lanes, registers=32 if lanes > 8 else 16)
+def _machines():
+    """Return this machine, and every lesser one that it can be."""
+    this = llvm_kernel.this_machine()
+    found = []
+    for lanes in (4, 8, 16):
+        registers = 32 if lanes > 8 else 16
+        for products in {False, this.byte_products}:
+            for shifts in {False, this.byte_shifts and products}:
+                traits = {"byte_products": products, "byte_shifts": shifts}
+                found.append(replace(this, lanes=lanes, registers=registers, **traits))
+    return [machine for machine in found if machine.lanes <= this.lanes]
+
+
+@pytest.mark.parametrize("machine", _machines(), ids=repr)
+def test_lesser_machines_give_the_same(machine, monkeypatch):
     monkeypatch.setattr(llvm_kernel, "this_machine", lambda: machine)
     for tokens in (1, 2, 4, 8):
-        for bits in (3, 4):
-            layer = _layer(96, 104 if bits == 4 else 96, bits, group=32)
+        for bits in (2, 3, 4, 8):
+            outputs = 96 if bits in (2, 3) else 104
+            layer = _layer(96, outputs, bits, group=32)
             assert output_difference(layer, _inputs(tokens, 96)) < FLOAT32
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-20, 1.0, 1e20, 1e34])
+def test_inputs_of_any_magnitude(bits, magnitude):
+    layer = _layer(*SMALL, bits, bias=False)
+    assert output_difference(layer, _inputs(2, SMALL[0]) * magnitude) < FLOAT32
+
+
+def test_one_input_far_above_the_others():
+    layer = _layer(*SMALL, bias=False)
+    inputs = _inputs(2, SMALL[0])
+    inputs[0, 5] = 3e4
+    assert output_difference(layer, inputs) < FLOAT32
+    inputs[0] = 0
+    assert not layer(inputs)[0].any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_stays_in_its_token(value):
+    layer, inputs = _layer(*SMALL), _inputs(3, SMALL[0])
+    expected = layer(inputs)
+    inputs[1, 70] = value
+    outputs = layer(inputs)
+    assert not outputs[1].isfinite().any()
+    assert torch.equal(outputs[[0, 2]], expected[[0, 2]])
 
 
 @settings(max_examples=60, deadline=None)
