@@ -21,7 +21,7 @@ from tasks.store.store import open_store
 from tasks.work import cache_teacher
 from tasks.work.bench import Bench
 
-ROWS = 384
+ROWS = 768
 ROUNDS = 3
 
 
