@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Everything comes from constraints.txt, torch first: unpinned it would pull several GB of CUDA.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/installed
+# Each stage is a process: without bytecode each would compile the project anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-gptqmodel install-auto-gptq install-llama-cpp bench-adapters bench-distillation bench-quantization bench-quantization-peers demo demo-controls encoder masked test lint up down clean
@@ -54,7 +56,8 @@ masked: $(STAMP) ## The same road for a masked language model
 	$(BIN)/python -m flows compress deployments/recipes/masked.yaml
 
 test: $(STAMP) ## Pass the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not alone'
+	$(BIN)/python -m pytest -m alone
 
 lint: $(STAMP) ## Check format, style, types and layering
 	$(BIN)/ruff format --check .

@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from stillroom.progress import Progress
-from tasks.processes import answer, die_with_parent, line_to_parent
+from tasks.processes import answer, die_with_parent, importing, line_to_parent
 from tasks.stages import Order
 from tasks.store.record import Record
 from tasks.training_pool import training_team
@@ -50,9 +50,10 @@ def main(folder: Path, parent: int | None = None) -> int:
 
 def work(request: Request, folder: Path, progress: Progress) -> Record:
     """Fetch the inputs, do the work, and store what came of it."""
-    import torch
+    with importing():
+        import torch
 
-    from tasks.store.store import open_store
+        from tasks.store.store import open_store
 
     torch.set_num_threads(request.threads)
     started = time.monotonic()
@@ -75,7 +76,9 @@ def work(request: Request, folder: Path, progress: Progress) -> Record:
             store_url=request.store_url,
         )
         with training_team(bench):
-            result = importlib.import_module(order.stage.work).work(bench)
+            with importing():
+                stage = importlib.import_module(order.stage.work)
+            result = stage.work(bench)
         spent = {"seconds": time.monotonic() - started, "peak_memory_bytes": _peak_memory()}
         record = store.add(
             output,

@@ -2,6 +2,8 @@
 
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +32,10 @@ from tasks.tracking import (
 )
 from tasks.training_curves import read_curves
 
+REQUESTS = 4
+"""Cached stages that are written down at once: MLflow takes longer to answer than to look them up
+takes here."""
+
 
 @dataclass
 class Journal:
@@ -40,6 +46,8 @@ class Journal:
     store: ArtifactStore
     lineage: list[LineageEntry] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
+    _cached: list[StageRecord] = field(default_factory=list)
+    """Cached stages that are not written down yet."""
 
     @classmethod
     def begin(cls, recipe: Recipe | IntrinsicDimension) -> "Journal":
@@ -73,11 +81,14 @@ class Journal:
         trace: TracebackType | None,
     ) -> None:
         if error is None:
+            self.log_cached()
             end_parent_run(self.client, self.parent, "FINISHED", metrics=self.figures)
         else:
-            self._tell_of(
-                error, lambda: end_parent_run(self.client, self.parent, "FAILED", metrics={})
-            )
+            self._tell_of(error, self._fail)
+
+    def _fail(self) -> None:
+        self.log_cached()
+        end_parent_run(self.client, self.parent, "FAILED", metrics={})
 
     @property
     def link(self) -> str:
@@ -85,7 +96,7 @@ class Journal:
         return run_link(self.client.tracking_uri, self.parent.experiment_id, self.parent.run_id)
 
     def log_stage(self, order: Order, record: Record, *, cached: bool) -> None:
-        """Write down a stage that has its artifact."""
+        """Write down a stage that has its artifact; a cached one with the next of `log_cached`."""
         seconds = record.metrics.get("seconds")
         self.lineage.append(LineageEntry(order.title, record.key, seconds, cached))
         curves = () if cached else read_curves(self.store, record)
@@ -103,7 +114,19 @@ class Journal:
             metrics=record.metrics,
             history=points,
         )
-        log_stage(self.client, self.parent, stage)
+        if cached:
+            self._cached.append(stage)
+        else:
+            log_stage(self.client, self.parent, stage)
+
+    def log_cached(self) -> None:
+        """Write down the cached stages since the last call, several at a time."""
+        stages: list[StageRecord] = []
+        with suppress(IndexError):
+            while True:  # trials log from several threads: each stage is popped by one
+                stages.append(self._cached.pop(0))
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            list(pool.map(lambda stage: log_stage(self.client, self.parent, stage), stages))
 
     def log_failure(self, order: Order, error: StillroomError) -> None:
         """Write down a stage that failed."""

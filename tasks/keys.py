@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+from functools import cache
 from typing import Any
 
 # Changed when the layout of keys changes, so that no old artifact is taken for a new one.
@@ -43,6 +44,7 @@ def numerics() -> dict[str, str]:
     return {name: minor_version(name) for name in ("torch", "transformers")}
 
 
+@cache
 def minor_version(package: str) -> str:
     """Return the major and minor number of an installed package."""
     return ".".join(importlib.metadata.version(package).split(".")[:2])

@@ -1,13 +1,15 @@
 """How a process of ours is started, talks to its parent, says what went wrong, and is ended."""
 
 import ctypes
+import gc
 import json
 import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -51,6 +53,20 @@ def die_with_parent(parent: int | None) -> None:
         # It may have been killed before anyone asked to hear of it.
         if parent is not None and os.getppid() != parent:
             sys.exit(FAILED)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import what is large in here: modules stay, and are not looked through for garbage.
+
+    That takes a quarter of the time in which a stage's modules are imported.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def line_to_parent() -> TextIO:

@@ -33,6 +33,7 @@ def run_stage(
         record = open_store(settings.store_url).find(order.kind, order.key)
         cached = record is not None
         if record is None:
+            journal.log_cached()  # before what may take hours
             record = _make(order, records, threads, settings)
         journal.log_stage(order, record, cached=cached)
     except Exception as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from stillroom.progress import silent
-from tasks.processes import answer, die_with_parent
+from tasks.processes import answer, die_with_parent, importing
 from tasks.stages import Order
 from tasks.store.record import Record
 from tasks.work.bench import Bench
@@ -42,9 +42,10 @@ def main(folder: Path, parent: int) -> int:
 
 def work(request: MemberRequest, folder: Path) -> None:
     """Train; what comes of it is the first process's to keep."""
-    import torch
+    with importing():
+        import torch
 
-    from tasks.store.store import open_store
+        from tasks.store.store import open_store
 
     torch.set_num_threads(request.threads)
     order = request.order
@@ -61,7 +62,9 @@ def work(request: MemberRequest, folder: Path) -> None:
         store_url=request.store_url,
         rank=request.rank,
     )
-    importlib.import_module(order.stage.work).work(bench)
+    with importing():
+        stage = importlib.import_module(order.stage.work)
+    stage.work(bench)
 
 
 if __name__ == "__main__":

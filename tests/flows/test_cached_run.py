@@ -30,6 +30,7 @@ def timed(work: Callable[[], object]) -> float:
     return time.monotonic() - start
 
 
+@pytest.mark.alone
 @pytest.mark.integration
 def test_cached_run_costs_little_more_than_its_plan(
     house: House, ordered: dict[str, Any], capsys: pytest.CaptureFixture[str]

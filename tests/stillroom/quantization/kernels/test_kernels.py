@@ -372,6 +372,7 @@ def test_the_kernel_is_printed():
     assert "bits=3, kernel=llvm-int3" in repr(_layer(*SMALL, bits=3))
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shape", [(576, 192), (576, 576), (1536, 576), (576, 1536)])
