@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import (
@@ -15,13 +15,15 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
 from stillroom.errors import SourceError
 from stillroom.layout import Layout
+
+if TYPE_CHECKING:  # a tokenizer needs nothing of what models are loaded with, which takes seconds
+    from transformers import PreTrainedModel
 
 Task = Literal["causal_lm", "masked_lm", "sequence_classification", "seq2seq_lm"]
 Weights = Literal["dense", "packed"]
@@ -47,7 +49,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     weights: Weights = "dense",
     laid_out: Layout | None = None,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """Return the model in `folder`, in evaluation mode, by default in the saved dtype.
 
     A GPTQ checkpoint loads too: "packed" keeps its integers and unpacks one layer at a time,
@@ -79,7 +81,7 @@ def load_pretrained(
     trust_remote_code: bool = False,
     label_names: tuple[str, ...] = (),
     laid_out: Layout | None = None,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """Return the full-precision model in `folder`, with a new head where `label_names` ask for one.
 
     Raises:
@@ -121,7 +123,7 @@ def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> An
         raise SourceError(f"{folder} holds no tokenizer: {_line(error)}") from error
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(model: "PreTrainedModel", tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a checkpoint that `from_pretrained` loads: config, safetensors, tokenizer."""
     # The name of the folder it came from says nothing on another machine, and changes the bytes.
     model.config._name_or_path = ""
