@@ -56,7 +56,7 @@ masked: $(STAMP) ## The same road for a masked language model
 	$(BIN)/python -m flows compress deployments/recipes/masked.yaml
 
 test: $(STAMP) ## Pass the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not alone'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not alone'
 	$(BIN)/python -m pytest -m alone
 
 lint: $(STAMP) ## Check format, style, types and layering

@@ -1,6 +1,7 @@
 """SST-2 split by sentence, and accuracy lost with its error clustered by sentence."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,11 +51,16 @@ def split_by_sentence(
     return train, test
 
 
-def clustered_loss(before: list[bool], after: list[bool], clusters: list[int]) -> Estimate:
-    """Return the accuracy lost, in points, with the error of whole clusters drawn at random."""
-    lost: dict[int, list[int]] = {}
+def clustered_loss(
+    before: Sequence[float], after: Sequence[float], clusters: Sequence[int]
+) -> Estimate:
+    """Return the accuracy lost, in points, with the error of whole clusters drawn at random.
+
+    before, after: for each phrase whether it was classified as labelled, or in what share of runs.
+    """
+    lost: dict[int, list[float]] = {}
     for b, a, cluster in zip(before, after, clusters, strict=True):
-        lost.setdefault(cluster, []).append(int(b) - int(a))
+        lost.setdefault(cluster, []).append(b - a)
     mean = sum(map(sum, lost.values())) / len(before)
     deviations = [sum(each) - mean * len(each) for each in lost.values()]
     error = mean_estimate(deviations).standard_error * len(deviations) / len(before)

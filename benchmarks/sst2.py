@@ -1,5 +1,6 @@
 """SST-2 for classifiers: its phrases as rows of tokens, and what models get right of them."""
 
+import math
 import random
 from functools import cache
 from pathlib import Path
@@ -71,10 +72,18 @@ def correct(model: Any, rows: Examples) -> list[bool]:
 
 
 def points_lost(before: Right, after: Right, test: list[Example]) -> Estimate:
-    """Return the accuracy lost in points, with the spread over sentences and over seeds."""
+    """Return the accuracy lost in points, with the spread over sentences and over seeds.
+
+    The error has two parts, added: the spread over sentences of what is lost in the mean of the
+    seeds, and the spread over seeds of what is lost in the mean of all phrases.
+    """
     sentences = [each.sentence for each in test]
-    by_seed = [clustered_loss(b, a, sentences) for b, a in zip(before, after, strict=True)]
-    values = mean_estimate([each.value for each in by_seed])
-    # Seeds share their test sentences, so that error does not shrink with their number.
-    sentence_error = fmean(each.standard_error for each in by_seed)
-    return Estimate(values.value, (values.standard_error**2 + sentence_error**2) ** 0.5)
+    lost = clustered_loss(_means(before), _means(after), sentences)
+    by_seed = [100 * (fmean(b) - fmean(a)) for b, a in zip(before, after, strict=True)]
+    error = math.hypot(lost.standard_error, mean_estimate(by_seed).standard_error)
+    return Estimate(lost.value, error)
+
+
+def _means(right: Right) -> list[float]:
+    """Return the share of seeds that classify each phrase as it is labelled."""
+    return [fmean(seeds) for seeds in zip(*right, strict=True)]

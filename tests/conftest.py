@@ -7,18 +7,6 @@ import pytest
 
 from tests.servers import S3Server, rgw_server
 
-SERVERS = ("ceph", "prefect_api", "house")
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side, let those of a file share a process; and all that need the
-    same slow servers, so that each is started once."""
-    for item in items:
-        names = getattr(item, "fixturenames", ())
-        group = "servers" if set(SERVERS) & set(names) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
 
 @pytest.fixture(scope="session")
 def mock_s3() -> Iterator[S3Server]:

@@ -55,6 +55,21 @@ def test_what_is_lost_is_counted_in_points_and_only_the_upper_bound_decides(righ
     assert against_itself == pytest.approx(-5 + error)  # its 4-bit self is the better one
 
 
+def test_what_each_seed_loses_elsewhere_averages_out_between_sentences() -> None:
+    every: Right = [[True] * 40] * 3
+    elsewhere: Right = [[place // 2 != seed for place in range(40)] for seed in range(3)]
+    lost = points_lost(every, elsewhere, TEST)
+    assert lost.value == pytest.approx(5.0)
+    assert lost.standard_error == pytest.approx(5 / 3**0.5, rel=0.07)  # a third of three sentences
+
+
+def test_what_only_some_seeds_lose_is_an_error_too() -> None:
+    every: Right = [[True] * 40] * 2
+    once: Right = [[False] * 40, [True] * 40]
+    lost = points_lost(every, once, TEST)
+    assert (lost.value, lost.standard_error) == (50, pytest.approx(50))
+
+
 def test_layers_on_top_count_where_they_reach_houlsbys_score(right: Any) -> None:
     def times(found: list[dict[str, Any]]) -> float:
         (claim,) = [c for c in sst2.claims_of(right, found) if "fewest top layers" in c.claim]
