@@ -65,7 +65,9 @@ def measure_dimension() -> None:
         for layers, scores in finished.items()
         for trial in next_trials(SEARCH, scores)
     ]:
-        for (layers, trial), (score, size) in zip(cells, side_by_side(_score, cells), strict=True):
+        for (layers, trial), (score, size) in zip(
+            cells, side_by_side(_score, cells, "medium"), strict=True
+        ):
             finished[layers][trial], sizes[layers] = score, size
     found = {
         name: conclude(SEARCH, finished[layers], sizes[layers]) for name, layers in MODELS.items()
