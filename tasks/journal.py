@@ -125,7 +125,9 @@ class Journal:
         with suppress(IndexError):
             while True:  # trials log from several threads: each stage is popped by one
                 stages.append(self._cached.pop(0))
-        with ThreadPoolExecutor(REQUESTS) as pool:
+        # SQLite's file has one writer at a time.
+        at_once = 1 if self.client.tracking_uri.startswith("sqlite:") else REQUESTS
+        with ThreadPoolExecutor(at_once) as pool:
             list(pool.map(lambda stage: log_stage(self.client, self.parent, stage), stages))
 
     def log_failure(self, order: Order, error: StillroomError) -> None:

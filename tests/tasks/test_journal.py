@@ -1,0 +1,80 @@
+"""What a flow run writes down of its stages, and when."""
+
+from pathlib import Path
+
+import pytest
+
+from stillroom.errors import StageError
+from tasks.journal import Journal
+from tasks.stages import IMPORT_MODEL, Order
+from tasks.store.store import open_store
+from tests.registering import Place, new_place
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")  # SQLAlchemy, through MLflow
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.setenv(name, "unset")
+    return new_place(tmp_path)
+
+
+@pytest.fixture
+def journal(place: Place) -> Journal:
+    return Journal(place.client, place.parent, open_store(str(place.root / "store")))
+
+
+def pass_stages(journal: Journal, place: Place, titles: str, *, cached: bool) -> None:
+    """Have the journal hear of a stage for each letter."""
+    for title in titles:
+        order = Order(title=title, stage=IMPORT_MODEL, section={"title": title}, seed=0, inputs={})
+        made = place.root / title
+        made.mkdir()
+        (made / "file").write_text(title)
+        record = journal.store.add(
+            made,
+            kind=order.kind,
+            key=order.key,
+            stage_version=1,
+            inputs={},
+            section=order.section,
+            versions={},
+            licence="none",
+            metrics={"seconds": 1.0},
+        )
+        journal.log_stage(order, record, cached=cached)
+
+
+def written(place: Place) -> str:
+    nested = f"tags.`mlflow.parentRunId` = '{place.parent.run_id}'"
+    runs = place.client.search_runs([place.parent.experiment_id], nested)
+    assert {run.info.status for run in runs} <= {"FINISHED"}
+    return "".join(sorted(run.info.run_name for run in runs))
+
+
+def test_cached_stages_are_written_down_together(journal: Journal, place: Place) -> None:
+    pass_stages(journal, place, "abcdef", cached=True)
+    assert written(place) == ""
+    journal.log_cached()
+    assert written(place) == "abcdef"
+    pass_stages(journal, place, "g", cached=False)
+    assert written(place) == "abcdefg"
+    journal.log_cached()
+    assert written(place) == "abcdefg"
+    assert [entry.stage for entry in journal.lineage] == list("abcdefg")
+
+
+def test_the_end_writes_down_what_is_left(journal: Journal, place: Place) -> None:
+    with journal:
+        pass_stages(journal, place, "ab", cached=True)
+    assert written(place) == "ab"
+    assert place.client.get_run(place.parent.run_id).info.status == "FINISHED"
+
+
+def test_a_failure_writes_down_what_is_left_too(journal: Journal, place: Place) -> None:
+    pass_stages(journal, place, "ab", cached=True)
+    with pytest.raises(StageError, match="c failed"), journal:
+        raise StageError("c failed")
+    assert written(place) == "ab"
+    assert place.client.get_run(place.parent.run_id).info.status == "FAILED"
