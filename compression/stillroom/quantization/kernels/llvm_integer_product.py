@@ -1,8 +1,9 @@
 """The product in integers, for processors that sum products of four bytes in one instruction.
 
-In each chunk a token's inputs become integers of 24 bits, x = u (X₀ + 2⁸ X₁ + 2¹⁶ X₂) with bytes
-of -128 to 127 and u a power of two: the largest input keeps the 24 bits that a float32 has, the
-others are as exact as a sum in float32 of theirs and the largest would be. Then
+In each chunk a token's inputs become integers of three bytes, x = u (X₀ + 2⁸ X₁ + 2¹⁶ X₂) with
+bytes of -128 to 127 and u a power of two. Each is off by at most u / 2, which is one unit in the
+last place of the chunk's largest input (two, where that is 127/128 of a power of two or more):
+about what float32 loses when it adds the largest to the others. Then
 
     Σ_k x[k] (q[k, n] − z[n]) = u Σ_i 2^(8 i) (Σ_k X_i[k] q[k, n] − z[n] Σ_k X_i[k])
 

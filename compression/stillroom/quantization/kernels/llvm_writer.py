@@ -7,7 +7,7 @@ from llvmlite import ir
 
 from stillroom.quantization.packing import WORD, values_per_unit
 
-I1, I8, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 F16, F32 = ir.HalfType(), ir.FloatType()
 POINTER, VOID = ir.PointerType(), ir.VoidType()
 _BYTES = {I8: 1, F16: 2, I32: 4, F32: 4, I64: 8, POINTER: 8}
