@@ -71,7 +71,7 @@ bench-quantization: $(STAMP) ## Quantizers side by side, at most 90 minutes; FUL
 bench-adapters: $(STAMP) ## Every adapter on a full and on a quantized base
 	$(BIN)/python -m benchmarks.adapters
 
-bench-distillation: $(STAMP) ## The cache against the teacher online, and the papers' claims in small; up to 100 minutes
+bench-distillation: $(STAMP) ## The cache against the teacher online, and the papers' claims in small; up to two hours
 	$(BIN)/python -m benchmarks.distillation
 
 bench-quantization-peers: $(STAMP) ## Make the peers' environments, which the benchmark does itself
