@@ -71,14 +71,19 @@ def _machines():
     found = []
     for lanes in (4, 8, 16):
         registers = 32 if lanes > 8 else 16
-        for products in {False, this.byte_products}:
-            for shifts in {False, this.byte_shifts and products}:
+        for products in sorted({False, this.byte_products}):
+            for shifts in sorted({False, this.byte_shifts and products}):
                 traits = {"byte_products": products, "byte_shifts": shifts}
                 found.append(replace(this, lanes=lanes, registers=registers, **traits))
     return [machine for machine in found if machine.lanes <= this.lanes]
 
 
-@pytest.mark.parametrize("machine", _machines(), ids=repr)
+def _named(machine):
+    traits = [name for name in ("byte_products", "byte_shifts") if getattr(machine, name)]
+    return "-".join([f"{machine.lanes}_lanes", *traits])
+
+
+@pytest.mark.parametrize("machine", _machines(), ids=_named)
 def test_lesser_machines_give_the_same(machine, monkeypatch):
     monkeypatch.setattr(llvm_kernel, "this_machine", lambda: machine)
     for tokens in (1, 2, 4, 8):
