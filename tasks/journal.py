@@ -2,7 +2,7 @@
 
 import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,8 +33,8 @@ from tasks.tracking import (
 from tasks.training_curves import read_curves
 
 REQUESTS = 4
-"""Cached stages that are written down at once: MLflow takes longer to answer than to look them up
-takes here."""
+"""Cached stages that are written down at once, beside the flow: MLflow takes longer to answer than
+it takes to look them up."""
 
 
 @dataclass
@@ -46,8 +46,14 @@ class Journal:
     store: ArtifactStore
     lineage: list[LineageEntry] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
-    _cached: list[StageRecord] = field(default_factory=list)
-    """Cached stages that are not written down yet."""
+    _cached: "list[Future[str]]" = field(default_factory=list)
+    """Cached stages that may not be written down yet."""
+    _pool: ThreadPoolExecutor = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Have as many writers as MLflow takes: SQLite's file has one at a time."""
+        is_file = self.client.tracking_uri.startswith("sqlite:")
+        self._pool = ThreadPoolExecutor(1 if is_file else REQUESTS)
 
     @classmethod
     def begin(cls, recipe: Recipe | IntrinsicDimension) -> "Journal":
@@ -96,7 +102,7 @@ class Journal:
         return run_link(self.client.tracking_uri, self.parent.experiment_id, self.parent.run_id)
 
     def log_stage(self, order: Order, record: Record, *, cached: bool) -> None:
-        """Write down a stage that has its artifact; a cached one with the next of `log_cached`."""
+        """Write down a stage that has its artifact; a cached one meanwhile: see `log_cached`."""
         seconds = record.metrics.get("seconds")
         self.lineage.append(LineageEntry(order.title, record.key, seconds, cached))
         curves = () if cached else read_curves(self.store, record)
@@ -115,20 +121,15 @@ class Journal:
             history=points,
         )
         if cached:
-            self._cached.append(stage)
+            self._cached.append(self._pool.submit(log_stage, self.client, self.parent, stage))
         else:
             log_stage(self.client, self.parent, stage)
 
     def log_cached(self) -> None:
-        """Write down the cached stages since the last call, several at a time."""
-        stages: list[StageRecord] = []
+        """Return once all cached stages are written down."""
         with suppress(IndexError):
             while True:  # trials log from several threads: each stage is popped by one
-                stages.append(self._cached.pop(0))
-        # SQLite's file has one writer at a time.
-        at_once = 1 if self.client.tracking_uri.startswith("sqlite:") else REQUESTS
-        with ThreadPoolExecutor(at_once) as pool:
-            list(pool.map(lambda stage: log_stage(self.client, self.parent, stage), stages))
+                self._cached.pop(0).result()
 
     def log_failure(self, order: Order, error: StillroomError) -> None:
         """Write down a stage that failed."""
