@@ -86,15 +86,21 @@ class Journal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None:
-            self.log_cached()
-            end_parent_run(self.client, self.parent, "FINISHED", metrics=self.figures)
-        else:
+        if error is not None:
             self._tell_of(error, self._fail)
+            return
+        try:
+            self.log_cached()
+        except Exception as unwritten:
+            self._tell_of(unwritten, self._fail)
+            raise
+        end_parent_run(self.client, self.parent, "FINISHED", metrics=self.figures)
 
     def _fail(self) -> None:
-        self.log_cached()
-        end_parent_run(self.client, self.parent, "FAILED", metrics={})
+        try:
+            self.log_cached()
+        finally:
+            end_parent_run(self.client, self.parent, "FAILED", metrics={})
 
     @property
     def link(self) -> str:

@@ -57,10 +57,7 @@ def die_with_parent(parent: int | None) -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import what is large in here: modules stay, and are not looked through for garbage.
-
-    That takes a quarter of the time in which a stage's modules are imported.
-    """
+    """Import what is large in here: modules stay, and are not looked through for garbage."""
     gc.disable()
     try:
         yield

@@ -1,5 +1,6 @@
 """What a flow run writes down of its stages, and when."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -76,4 +77,18 @@ def test_a_failure_writes_down_what_is_left_too(journal: Journal, place: Place) 
     with pytest.raises(StageError, match="c failed"), journal:
         raise StageError("c failed")
     assert written(place) == "ab"
+    assert place.client.get_run(place.parent.run_id).info.status == "FAILED"
+
+
+def test_what_cannot_be_written_down_fails_the_run(
+    journal: Journal, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> str:
+        raise StageError("MLflow refuses")
+
+    monkeypatch.setattr("tasks.journal.log_stage", refuse)
+    monkeypatch.setattr("tasks.journal.get_run_logger", logging.getLogger)  # there is no flow
+    pass_stages(journal, place, "ab", cached=True)
+    with pytest.raises(StageError, match="MLflow refuses"), journal:
+        pass
     assert place.client.get_run(place.parent.run_id).info.status == "FAILED"

@@ -1,4 +1,4 @@
-"""Functions of Python whose body is machine code: a call takes a tenth of ctypes' time.
+"""Functions of Python whose body is machine code: a call converts less than one through ctypes.
 
 Written against Python's C API (docs.python.org/3/c-api): PyMethodDef, METH_FASTCALL.
 """
