@@ -37,6 +37,7 @@ def share_capture(
         store_url=bench.store_url,
         run=run or uuid.uuid4().hex,
         threads=threads,
+        tokenizer_hash=plan.tokenizer_hash,
     )
     folders = [bench.scratch / f"worker-{i}" for i in range(min(workers, len(missing)))]
     with ExitStack() as stack:

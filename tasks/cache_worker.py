@@ -10,18 +10,18 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from stillroom.data.prepare import load_prepared
-from stillroom.distillation.teacher_cache import CacheOptions, CapturePlan, capture_pieces
-from stillroom.models import load_tokenizer, tokenizer_hash
 from stillroom.progress import silent
-from tasks.processes import answer, die_with_parent, line_to_parent
+from tasks.processes import answer, die_with_parent, importing, line_to_parent
 from tasks.stages import Order
 from tasks.store.claims import StoreClaims
 from tasks.work.bench import Bench
+
+if TYPE_CHECKING:
+    from stillroom.distillation.teacher_cache import CapturePlan
 
 
 class WorkerRequest(BaseModel):
@@ -35,10 +35,25 @@ class WorkerRequest(BaseModel):
     run: str
     """The run of the stage to which the claims belong."""
     threads: int
+    tokenizer_hash: str
+    """The teacher's, so that it need not be loaded by each worker."""
 
 
-def plan_capture(order: Order, inputs: dict[str, Path]) -> CapturePlan:
-    """Return what the order asks of the teacher."""
+def plan_capture(
+    order: Order, inputs: dict[str, Path], tokenizer_hash: str | None = None
+) -> "CapturePlan":
+    """Return what the order asks of the teacher, whose tokenizer is loaded for its hash if need be.
+
+    Raises:
+        MismatchError: the rows were made with another tokenizer.
+    """
+    from stillroom.data.prepare import load_prepared
+    from stillroom.distillation.teacher_cache import CacheOptions, CapturePlan
+
+    if tokenizer_hash is None:
+        from stillroom import models
+
+        tokenizer_hash = models.tokenizer_hash(models.load_tokenizer(inputs["teacher"]))
     section: dict[str, Any] = order.section
     options = CacheOptions(
         kind=section["kind"],
@@ -55,7 +70,7 @@ def plan_capture(order: Order, inputs: dict[str, Path]) -> CapturePlan:
     return CapturePlan(
         data.evaluation if section.get("rows") == "evaluation" else data.train,
         options,
-        tokenizer_hash(load_tokenizer(inputs["teacher"])),
+        tokenizer_hash,
         order.inputs["teacher"],
     )
 
@@ -76,13 +91,15 @@ def main(folder: Path, parent: int) -> int:
 
 def work(request: WorkerRequest, folder: Path, made: Callable[[str], None]) -> None:
     """Make pieces until all are done or claimed, and call `made` after each."""
-    import torch
+    with importing():
+        import torch
 
-    from tasks.store.store import open_store
+        from stillroom.distillation.teacher_cache import capture_pieces
+        from tasks.store.store import open_store
 
     torch.set_num_threads(request.threads)
     store = open_store(request.store_url)
-    plan = plan_capture(request.order, request.inputs)
+    plan = plan_capture(request.order, request.inputs, request.tokenizer_hash)
     checkpoints = store.checkpoints(request.order.key)
     claims = StoreClaims(store.backend, request.order.key, request.run)
     bench = Bench(
@@ -94,12 +111,13 @@ def work(request: WorkerRequest, folder: Path, made: Callable[[str], None]) -> N
         checkpoints=checkpoints,
         progress=silent,
     )
-    teacher = bench.load_teacher()
+    with importing():
+        teacher = bench.load_teacher()
     names = _next_pieces(plan, set(checkpoints.names()), claims)
     capture_pieces(teacher, plan, names, checkpoints, made=made)
 
 
-def _next_pieces(plan: CapturePlan, done: set[str], claims: StoreClaims) -> Iterator[str]:
+def _next_pieces(plan: "CapturePlan", done: set[str], claims: StoreClaims) -> Iterator[str]:
     return (name for name in plan.pieces if name not in done and claims.take(name))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stillroom.adapters.adapted_model import AdaptedModel
-from stillroom.adapters.options import LoraOptions
+from stillroom.adapters.folder import load_into, save_adapter
 from stillroom.adapters.training import train_adapter
 from stillroom.checkpoint import FolderCheckpoints
 from stillroom.distillation.distill import DistillationOptions, Taught, distill
@@ -20,6 +20,8 @@ from stillroom.quantization.kernels.report import packed_layers, report_kernels
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sequential import quantize_model
 from stillroom.training.options import TrainingOptions
+from tests.stillroom.adapters.test_adapted_model import OPTIONS as ADAPTERS
+from tests.stillroom.adapters.zoo import build
 from tests.stillroom.quantization.test_sequential import MODELS, rows
 from tests.stillroom.quantization.test_sequential import logits as cpu_logits
 from tests.stillroom.rows import TOKENIZER, token_rows
@@ -40,6 +42,14 @@ def logits(model, data):
     device = next(model.parameters()).device
     ids, mask = data.input_ids.to(device), data.attention_mask.to(device)
     return model(input_ids=ids, attention_mask=mask).logits.cpu()
+
+
+def without_dropout(model):
+    """Return the model, whose draws would differ from device to device."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -149,18 +159,25 @@ def test_a_killed_training_ends_with_the_same_bytes(tmp_path):
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
-def test_an_adapter_learns_on_a_packed_base(tmp_path):
-    model, examples = tiny_llama(hidden=64), token_rows(16)
-    result = quantize_model(model, rows(), QuantizationOptions(4, 32))
-    save_quantized(model, tiny_tokenizer(), result, tmp_path)
-    losses = {}
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_an_adapter_learns_there_as_on_the_cpu(tmp_path, method, bits):
+    def base(device):
+        # Of GPT-2 every method can do something.
+        return AdaptedModel(without_dropout(build("gpt2", bits)).to(device))
+
+    examples, losses = token_rows(16), {}
     for device in ("cpu", "cuda"):
-        base = load_quantized(tmp_path, weights="packed").to(device)
-        adapted = AdaptedModel(base)
-        adapted.add("a", LoraOptions(rank=4))
+        adapted = base(device)
+        adapted.add("a", ADAPTERS[method])
         losses[device] = train_adapter(adapted, "a", examples, TRAINING).loss
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=2e-3)
     assert losses["cuda"][-1] < losses["cuda"][0]
+    save_adapter(adapted, "a", tmp_path / "saved", "base")
+    here = base("cpu")
+    load_into(here, "a", tmp_path / "saved")
+    expected = logits(adapted.eval(), examples)
+    assert (logits(here.eval(), examples) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_quality_is_that_of_the_cpu():

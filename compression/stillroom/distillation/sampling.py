@@ -7,7 +7,8 @@ t_i = m · c_i / M on a word drawn c_i times, so E[t_i] = p_i for every word: a 
 in the target has an unbiased gradient.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -26,6 +27,14 @@ class SparseDistribution:
     tail_ids: Tensor
     tail_mass: Tensor
     entropy: Tensor
+
+
+def joined(parts: Sequence[SparseDistribution]) -> SparseDistribution:
+    """Return the distributions of all parts' positions, one after another."""
+    names = [field.name for field in fields(SparseDistribution)]
+    return SparseDistribution(
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    )
 
 
 def sparsify(probabilities: Tensor, head: int, uniforms: Tensor) -> SparseDistribution:

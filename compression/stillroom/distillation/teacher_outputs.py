@@ -13,13 +13,15 @@ from stillroom.data.examples import Examples
 from stillroom.distillation import elias_fano
 from stillroom.distillation.cache_files import AUDIT, CacheFacts
 from stillroom.distillation.capture_plan import CapturePlan
-from stillroom.distillation.sampling import SparseDistribution, round_to_half, sparsify
+from stillroom.distillation.sampling import SparseDistribution, joined, round_to_half, sparsify
 from stillroom.errors import NotFiniteError
 from stillroom.layout import input_device
 from stillroom.training.options import derived_seed
 
-CHUNK = 64
-"""Positions whose (CHUNK, vocab) running sums, in float64, are in memory at once."""
+CHUNK = 1 << 19
+"""Probabilities that a CPU looks at together: with their running sums they fit its cache."""
+CHUNK_POSITIONS = 64
+"""Positions that another device looks at together."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -132,18 +134,19 @@ def _sparse_row(logits: Tensor, mask: Tensor, row_hash: str, facts: CacheFacts) 
     generator = torch.Generator().manual_seed(derived_seed(facts.seed, row_hash))
     shape = (len(logits), facts.draws + facts.head + 2)
     uniforms = torch.rand(shape, generator=generator, dtype=torch.float64).to(logits.device)
-    chunks = []
     # What changes nothing takes a pass over the logits all the same.
     unit, full = facts.temperature == 1, bool(mask.all())
-    for start in range(0, len(logits), CHUNK):
-        here = slice(start, start + CHUNK)
+    cpu = logits.device.type == "cpu"
+    size = max(1, CHUNK // facts.vocabulary) if cpu else CHUNK_POSITIONS
+    chunks = []
+    for start in range(0, len(logits), size):
+        here = slice(start, start + size)
         part = logits[here].float()
         probabilities = torch.softmax(part if unit else part / facts.temperature, -1)
         if not full:
             probabilities = probabilities.masked_fill(~mask[here].unsqueeze(-1), 0.0)
-        kept = sparsify(probabilities, facts.head, uniforms[here, : facts.draws])
-        chunks.append(_pack(kept, mask[here], uniforms[here, facts.draws :], facts))
-    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        chunks.append(sparsify(probabilities, facts.head, uniforms[here, : facts.draws]))
+    return _pack(joined(chunks), mask, uniforms[:, facts.draws :], facts)
 
 
 def _pack(kept: SparseDistribution, mask: Tensor, uniforms: Tensor, facts: CacheFacts) -> Arrays:
