@@ -10,8 +10,8 @@ from typing import Any
 from benchmarks.places import ROOT
 
 
-def circumstances(benchmark: str) -> dict[str, Any]:
-    """Return the head of a results.json: benchmark, date, commit, hardware and versions."""
+def circumstances() -> dict[str, Any]:
+    """Return what stands beside a measurement: date, commit, hardware and versions."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         capture_output=True,
@@ -20,7 +20,6 @@ def circumstances(benchmark: str) -> dict[str, Any]:
         check=False,
     ).stdout.strip()
     return {
-        "benchmark": benchmark,
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit,
         "full": os.environ.get("FULL") == "1",
@@ -34,15 +33,14 @@ def circumstances(benchmark: str) -> dict[str, Any]:
     }
 
 
-def circumstances_line(results: dict[str, Any]) -> str:
-    """Return what `circumstances` found, as one sentence of a page."""
-    hardware, versions = results["hardware"], results["versions"]
+def circumstances_line(found: dict[str, Any], text: str) -> str:
+    """Return what `circumstances` found, and the text that was measured on, as one line."""
+    hardware, versions = found["hardware"], found["versions"]
     return (
-        f"{results['date']}, gathered at commit {results['commit']} from rows and "
-        f"measurements that are kept until their files are deleted; {hardware['processor']}, "
-        f"{hardware['cores']} cores; torch {versions['torch']}, transformers "
-        f"{versions['transformers']}; text {results['text']}; "
-        f"{'the long version' if results['full'] else 'the short version'}."
+        f"Measured {found['date']} at commit {found['commit']}: {hardware['processor']}, "
+        f"{hardware['cores']} cores, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}; text: {text}; "
+        f"{'the long version' if found['full'] else 'the short version'}."
     )
 
 

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.circumstances import circumstances
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -32,14 +34,14 @@ def at_least(claim: str, bound: float, measured: float, error: float | None = No
     return Claim(claim, bound, measured, error, measured >= bound)
 
 
-def claims_table(claims: Iterable[dict[str, Any]]) -> str:
-    """Return the claims of a results.json as a Markdown table."""
+def claims_table(claims: Iterable[Claim]) -> str:
+    """Return the claims as a Markdown table."""
     lines = ["| holds | claim | bound | measured |", "|---|---|---|---|"]
     for claim in claims:
-        error = claim["standard_error"]
-        measured = f"{claim['measured']:.4g}" + ("" if error is None else f" ± {error:.2g}")
-        verdict = "yes" if claim["holds"] else "**no**"
-        lines.append(f"| {verdict} | {claim['claim']} | {claim['bound']:.4g} | {measured} |")
+        error = claim.standard_error
+        measured = f"{claim.measured:.4g}" + ("" if error is None else f" ± {error:.2g}")
+        verdict = "yes" if claim.holds else "**no**"
+        lines.append(f"| {verdict} | {claim.claim} | {claim.bound:.4g} | {measured} |")
     return "\n".join(lines)
 
 
@@ -54,5 +56,6 @@ def print_claims(claims: Iterable[Claim]) -> None:
 def write_measure(path: Path, claims: list[Claim], **more: Any) -> None:
     """Keep a measurement with its claims as JSON; the report picks it up from its file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = more | {"claims": [claim.as_json() for claim in claims]}
+    kept = [claim.as_json() for claim in claims]
+    found = more | {"circumstances": circumstances(), "claims": kept}
     path.write_text(json.dumps(found, indent=1) + "\n")

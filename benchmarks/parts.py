@@ -1,10 +1,8 @@
 """A benchmark of several measurements: run those that are missing, and gather what was found."""
 
 import argparse
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from benchmarks.claims import Claim, print_claims
 
@@ -31,25 +29,3 @@ def run_parts(
     claims = gather(list(measures))
     print_claims(claims)
     return int(not all(claim.holds for claim in claims))
-
-
-def read_measures(
-    names: list[str], path_of: Callable[[str], Path]
-) -> tuple[dict[str, Any], list[Claim]]:
-    """Return the measurements that are done, by name, and all their claims."""
-    measures: dict[str, Any] = {}
-    claims: list[Claim] = []
-    for name in names:
-        if path_of(name).exists():
-            found = json.loads(path_of(name).read_text())
-            claims += [Claim(**each) for each in found.pop("claims")]
-            measures[name] = found
-    return measures, claims
-
-
-def texts_of(measures: dict[str, Any]) -> str:
-    """Return which text each measurement was made on."""
-    names: dict[str, list[str]] = {}
-    for name, found in measures.items():
-        names.setdefault(found["text"], []).append(name)
-    return ", ".join(f"{text} ({', '.join(each)})" for text, each in names.items())

@@ -63,11 +63,13 @@ def as_rows(examples: list[Example], model_folder: Path) -> Examples:
 def correct(model: Any, rows: Examples) -> list[bool]:
     """Return whether each row is classified as it is labelled."""
     model.eval()
+    device = next(model.parameters()).device
     right = torch.zeros(len(rows), dtype=torch.bool)
     for places in rows.attention_mask.sum(1).argsort().split(4 * BATCH):
         part = rows.take(places).without_shared_padding()
-        logits = model(input_ids=part.input_ids, attention_mask=part.attention_mask).logits
-        right[places] = logits.argmax(-1) == part.labels
+        inputs = part.input_ids.to(device), part.attention_mask.to(device)
+        logits = model(input_ids=inputs[0], attention_mask=inputs[1]).logits
+        right[places] = logits.argmax(-1).cpu() == part.labels
     return right.tolist()  # type: ignore[no-any-return]
 
 

@@ -10,6 +10,7 @@ from benchmarks.adapters.methods import DEEP_PROMPT, LORA, P_TUNING, PREFIX, PRO
 from benchmarks.adapters.places import cell_path, measure_path
 from benchmarks.adapters.work import (
     BASES,
+    PRECISION,
     SEEDS,
     base_folder,
     load_base,
@@ -34,8 +35,8 @@ def measure_by_peft() -> None:
         return
     base_folder(BASES[0])
     cells = [(method, seed) for seed in SEEDS for method in COMPARED]
-    theirs = side_by_side(_theirs, cells)
-    ours = side_by_side(_ours, cells)
+    theirs = side_by_side(_theirs, cells, PRECISION)
+    ours = side_by_side(_ours, cells, PRECISION)
     rows = [_row(method, cells, ours, theirs) for method in COMPARED]
     write_measure(measure_path("by_peft"), [], text="SST-2", rows=rows, seeds=len(SEEDS))
 

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.adapters.places import bench_folder, cell_path, measure_path
 from benchmarks.adapters.work import (
+    PRECISION,
     base_folder,
     test_examples,
     train_rows,
@@ -66,7 +67,7 @@ def measure_dimension() -> None:
         for trial in next_trials(SEARCH, scores)
     ]:
         for (layers, trial), (score, size) in zip(
-            cells, side_by_side(_score, cells, "medium"), strict=True
+            cells, side_by_side(_score, cells, PRECISION), strict=True
         ):
             finished[layers][trial], sizes[layers] = score, size
     found = {

@@ -14,6 +14,7 @@ from benchmarks.adapters.methods import (
 )
 from benchmarks.adapters.places import measure_path
 from benchmarks.adapters.work import (
+    PRECISION,
     SEEDS,
     base_folder,
     fresh,
@@ -38,7 +39,7 @@ def measure_few_examples() -> None:
         return
     base_folder("fp32")
     cells = [(method, seed) for method in COMPARED for seed in SEEDS]
-    found = side_by_side(_right, cells)
+    found = side_by_side(_right, cells, PRECISION)
     right: dict[str, Right] = {}
     for (method, _), one in zip(cells, found, strict=True):
         right.setdefault(method.name, []).append(one)

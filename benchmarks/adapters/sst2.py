@@ -14,6 +14,8 @@ from benchmarks.adapters.methods import (
 from benchmarks.adapters.places import measure_path
 from benchmarks.adapters.work import (
     BASES,
+    PASSES,
+    PRECISION,
     SEEDS,
     TRAIN_EXAMPLES,
     base_folder,
@@ -36,7 +38,7 @@ def measure_sst2() -> None:
     for base in BASES:
         base_folder(base)
     cells = [(method, base, seed) for seed in SEEDS for base in BASES for method in METHODS]
-    found = side_by_side(result_of, cells)
+    found = side_by_side(result_of, cells, PRECISION)
     results: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for (method, base, _), result in zip(cells, found, strict=True):
         results.setdefault((base, method.name), []).append(result)
@@ -49,6 +51,7 @@ def measure_sst2() -> None:
         seeds=len(SEEDS),
         examples=len(test_examples()),
         train_examples=TRAIN_EXAMPLES,
+        passes=PASSES,
         rows=rows,
     )
 

@@ -20,15 +20,18 @@ from stillroom.data.examples import Examples
 from stillroom.models import load_model, load_pretrained, load_tokenizer, save_model
 from stillroom.quantization.formats.export import save_quantized
 from stillroom.quantization.options import QuantizationOptions
+from stillroom.quantization.precision import MatmulPrecision
 from stillroom.quantization.sequential import quantize_model
 from stillroom.training.options import TrainingOptions
 
 SEEDS = (0, 1, 2)
-TRAIN_EXAMPLES = 3_000
-TEST_EXAMPLES = 5_000
+TRAIN_EXAMPLES = 4_000
+PASSES = 3
+TEST_EXAMPLES = 8_000
 CALIBRATION_EXAMPLES = 512
 BITS = 4
 WORDS = 30_000
+PRECISION: MatmulPrecision = "medium"  # bfloat16 products where the processor has them
 BASES = ("fp32", f"{BITS} bits")
 
 
@@ -92,14 +95,15 @@ def load_base(base: str) -> Any:
 
 def training(method: Method, seed: int, **changes: Any) -> TrainingOptions:
     """Return how every method is trained, but for its learning rate."""
-    usual: dict[str, Any] = {"epochs": 2.0, "batch_rows": BATCH, "schedule": "linear"}
+    usual: dict[str, Any] = {"epochs": float(PASSES), "batch_rows": BATCH, "schedule": "linear"}
     usual |= {"bucket_by_length": True, "learning_rate": method.learning_rate, "seed": seed}
+    usual |= {"checkpoint_every_steps": 10_000}  # none: a cell is done in minutes
     return TrainingOptions(**(usual | changes))
 
 
-def fresh(method: Method, base: str, seed: int) -> AdaptedModel:
+def fresh(method: Method, base: str, seed: int, device: str = "cpu") -> AdaptedModel:
     """Return the base wearing an adapter that has learned nothing."""
-    adapted = AdaptedModel(load_base(base))
+    adapted = AdaptedModel(load_base(base).to(device))
     adapted.add("a", method.options, task="sequence_classification", seed=seed)
     return adapted
 

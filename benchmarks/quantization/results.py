@@ -5,20 +5,21 @@ from typing import Any
 
 from benchmarks.circumstances import circumstances
 from benchmarks.claims import Claim
-from benchmarks.places import ROOT
 from benchmarks.quantization.cells import SHORT, Cell, table_cells, timing_cells
 from benchmarks.quantization.claims import quality_claims, speed_claims
 from benchmarks.quantization.floor import floor_seconds, sgemm_rate
 from benchmarks.quantization.measures import keep, measure_path
-from benchmarks.quantization.places import HERE, bench_folder
+from benchmarks.quantization.places import HERE
 from benchmarks.quantization.rows import read_row
 from benchmarks.quantization.summary import summarise
 from benchmarks.quantization.work import CALIBRATION_ROWS, LENGTH
+from benchmarks.results import claims_of, read_measures, write_results
 from benchmarks.text import text_source
 
 RESULTS = HERE / "results.json"
 PAGE = HERE / "RESULTS.md"
 PLOT = HERE / "quantization.png"
+MEASURED = ["decode", "floor", "gpu", "growth", "kills", "memory", "sst2"]
 SHOWN = ("kl", "perplexity", "bytes", "cpu_seconds", "peak_bytes")
 
 
@@ -36,30 +37,28 @@ def finished_rows(cells: list[Cell]) -> list[dict[str, Any]]:
 
 
 def gather() -> list[Claim]:
-    """Write results.json, its page and the plot from what is done, and return the claims."""
+    """Write results.json, its page and the plot from what is done; return the claims."""
     from benchmarks.quantization.plot import plot
 
+    measures = read_measures(MEASURED, measure_path, RESULTS)
     rows = finished_rows(table_cells())
     timed = finished_rows(timing_cells())
-    measures = {path.stem: json.loads(path.read_text()) for path in _measure_files()}
-    claims = quality_claims(rows)
-    if "floor" in measures:
-        claims += speed_claims(timed, measures["floor"]["cpu_seconds"])
-    for found in measures.values():
-        claims += [Claim(**each) for each in found.pop("claims")]
-    written = {
-        **circumstances("quantization"),
-        "text": text_source(),
-        "folder": str(bench_folder().relative_to(ROOT)),
-        "rows": [_short(row) for row in rows + timed],
-        "measures": measures,
-        "claims": [claim.as_json() for claim in claims],
-    }
-    RESULTS.write_text(json.dumps(written, indent=1) + "\n")
-    PAGE.write_text(summarise(written))
+    table = json.loads(RESULTS.read_text())["table"]
+    if rows or timed:  # on this machine; else the table stays
+        claims = quality_claims(rows)
+        if timed and "floor" in measures:
+            claims += speed_claims(timed, measures["floor"]["cpu_seconds"])
+        table = {
+            "text": text_source(),
+            "rows": [_short(row) for row in rows + timed],
+            "circumstances": circumstances(),
+            "claims": [claim.as_json() for claim in claims],
+        }
+    written = {"table": table, "measures": measures}
+    write_results(written, RESULTS, PAGE, summarise)
     if rows:
         plot(rows, PLOT)
-    return claims
+    return claims_of({"table": table, **measures})
 
 
 def print_table() -> None:
@@ -75,10 +74,6 @@ def print_table() -> None:
             for value, unit, form in zip(values, units, formats, strict=True)
         ]
         print(f"{cell.name:58} {' '.join(texts)}")
-
-
-def _measure_files() -> list[Any]:
-    return sorted(measure_path("any").parent.glob("*.json"))
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from benchmarks.distillation.steps import multiplications
 from benchmarks.distillation.targets import HEADS, pairs_within
 from benchmarks.phrases import Example
 from benchmarks.places import ROOT
+from benchmarks.results import claims_of
 from stillroom.distillation.cache_files import sparse_bytes
 from stillroom.distillation.teacher_cache import CacheOptions
 
@@ -68,8 +69,8 @@ def test_the_page_is_what_the_results_say() -> None:
 
 
 def test_the_readme_shows_the_measured_step() -> None:
-    claims = json.loads(RESULTS.read_text())["claims"]
-    ratios = [claim for claim in claims if claim["claim"].endswith("student of 10 layers")]
+    claims = claims_of(json.loads(RESULTS.read_text())["measures"])
+    ratios = [claim for claim in claims if claim.claim.endswith("student of 10 layers")]
     assert len(ratios) == 1
-    measured = f"{ratios[0]['measured']:.2f} times as long as from the cache"
+    measured = f"{ratios[0].measured:.2f} times as long as from the cache"
     assert measured in (ROOT / "README.md").read_text()
