@@ -1,7 +1,6 @@
 """Make a small model from a large one: the main flow, read from top to bottom."""
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 from prefect import flow
@@ -10,7 +9,7 @@ from prefect.states import Completed, Failed
 
 from flows.ask_teacher import ask_elsewhere
 from flows.orders import Orders
-from flows.plan import planned_keys, resolve_source
+from flows.plan import planned_keys, resolver
 from flows.road import BASE_TEXT, Made, Measured, walk
 from stillroom.config import Recipe
 from stillroom.errors import StageError, StillroomError
@@ -52,7 +51,7 @@ def make(recipe: Recipe) -> Outcome:
     Raises:
         StillroomError: something failed for a reason that the user can act on.
     """
-    resolve = cache(resolve_source)
+    resolve = resolver()
     with Journal.begin(recipe) as journal, journal.store.lease(*planned_keys(recipe, resolve)):
         orders = Orders(recipe, resolve, Runner(recipe, journal))
         made = walk(recipe, orders)

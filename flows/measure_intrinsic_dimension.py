@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from prefect import flow
@@ -14,7 +14,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.dimension_road import walk_search
 from flows.orders import Orders
-from flows.plan import resolve_source
+from flows.plan import resolver
 from stillroom.config import IntrinsicDimension
 from stillroom.errors import StageError, StillroomError
 from stillroom.hardware import threads_here
@@ -56,7 +56,7 @@ def search(recipe: IntrinsicDimension) -> DimensionOutcome:
         StillroomError: something failed for a reason that the user can act on.
     """
     with Journal.begin(recipe) as journal, TrialRunner(recipe, journal) as runner:
-        orders = Orders(recipe.shared_part(), cache(resolve_source), runner)
+        orders = Orders(recipe.shared_part(), resolver(), runner)
         searched = walk_search(recipe, orders, runner.all, lambda record: record.metrics["score"])
         assert searched is not None  # a finished trial has its score
         outcome = write_dimension_report(recipe, searched.found, journal)

@@ -11,6 +11,8 @@ from flows.road import walk
 from flows.shape import Shape, model_shape
 from stillroom.config import Model, Recipe, Text
 from stillroom.errors import SourceError, StillroomError
+from tasks.reach import require_within_reach
+from tasks.settings import Settings
 from tasks.sources import Source, place_of, resolve_model, resolve_text
 from tasks.stages import Order
 from tasks.store.store import ArtifactStore
@@ -48,6 +50,27 @@ def resolve_source(place: Model | Text) -> Source:
     """
     resolve = resolve_model if isinstance(place, Model) else resolve_text
     return resolve(place.source, place.revision)
+
+
+def resolver() -> Resolve:
+    """Return what resolves the sources of a run's recipe, each once.
+
+    One that a server ordered resolves what is within its reach: no path of ours by name.
+
+    Raises:
+        SourceError: it points at nothing, cannot be asked, or is out of reach.
+    """
+    from prefect.runtime import deployment
+
+    if deployment.id is None:
+        return cache(resolve_source)
+    settings = Settings()
+
+    def resolve_within_reach(place: Model | Text) -> Source:
+        require_within_reach(place.source, settings)
+        return resolve_source(place)
+
+    return cache(resolve_within_reach)
 
 
 def resolve_or_leave(place: Model | Text) -> Source:

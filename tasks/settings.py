@@ -30,6 +30,10 @@ class Settings(BaseSettings):
     """MLflow server or database; empty: the server of `make up`, else a SQLite file in home."""
     mlflow_artifacts: str = ""
     """Where MLflow keeps files, such as s3://bucket/mlflow; empty: beside the store."""
+    data_roots: str = ""
+    """Folders, with colons between, below which recipes that come through the server read."""
+    s3_sources: str = ""
+    """Places such as s3://bucket/prefix, with spaces between, below which they read too."""
     scratch: Path | None = None
     """Folder for work in progress; absent: scratch in home."""
 

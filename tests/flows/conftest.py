@@ -113,6 +113,7 @@ def _terminal(folder: Path, parts: Path, api: str) -> Terminal:
 def house(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> Iterator[House]:
     """Everything that `make up` starts, and a small recipe in its folder."""
     terminal = open_house(tmp_path_factory.mktemp("house"))
+    terminal.variables["STILLROOM_DATA_ROOTS"] = f"/nowhere:{parts}"
     terminal.write(small_recipe(RECIPE, parts))
     try:
         yield start(terminal)

@@ -14,6 +14,7 @@ from tests.servers import free_port
 
 OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 RUN_SECONDS = 180
+BUSY_SECONDS = 20
 STAGES = [
     "import teacher",
     "prepare data",
@@ -39,7 +40,7 @@ class House:
     mlflow: str
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
-        answer = httpx.request(method, f"{self.prefect}/api{path}", json=body, timeout=60)
+        answer = patiently(method, f"{self.prefect}/api{path}", body)
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
@@ -56,11 +57,8 @@ class House:
 
     def order(self, recipe: dict[str, Any]) -> httpx.Response:
         """Ask for a run, as the form in the browser does."""
-        return httpx.post(
-            f"{self.prefect}/api/deployments/{self.deployment['id']}/create_flow_run",
-            json={"parameters": {"recipe": recipe}},
-            timeout=60,
-        )
+        url = f"{self.prefect}/api/deployments/{self.deployment['id']}/create_flow_run"
+        return patiently("POST", url, {"parameters": {"recipe": recipe}})
 
     def await_end(self, flow_run: str) -> dict[str, Any]:
         deadline = time.monotonic() + RUN_SECONDS
@@ -80,6 +78,16 @@ class House:
 
     def log(self, name: str) -> str:
         return (self.terminal.home / "logs" / f"{name}.log").read_text()[-3000:]
+
+
+def patiently(method: str, url: str, body: Any = None) -> httpx.Response:
+    """Ask once more where Prefect's database was busy: it says so, and its own client asks too."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        answer = httpx.request(method, url, json=body, timeout=60)
+        if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
+            return answer
+        time.sleep(0.5)
 
 
 def small_recipe(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.flows.house import STAGES, House, open_house, processes_of, small_recipe, start
 from tests.flows.terminal import ROOT, assert_refused
@@ -84,6 +85,31 @@ def test_run_ordered_from_the_server(house: House, ordered: dict[str, Any]) -> N
     page = next(a for a in artifacts if a["key"] == "report-page")
     assert "report.html" in page["data"]
     assert (house.terminal.home / "reports" / "tiny" / "report.html").exists()
+
+
+@pytest.mark.parametrize("place", ["/etc/passwd", "a link", "s3://elsewhere/texts"])
+def test_a_recipe_from_the_server_reads_what_is_listed_alone(
+    house: House, parts: Path, tmp_path: Path, place: str
+) -> None:
+    recipe = small_recipe(
+        yaml.safe_load((house.terminal.folder / "recipe.yaml").read_text()), parts
+    )
+    link = parts / f"{tmp_path.name}.jsonl"
+    if place == "a link":
+        (tmp_path / "secret.jsonl").write_text('{"text": "planted"}\n')
+        link.symlink_to(tmp_path / "secret.jsonl")
+        place = str(link)
+    recipe["data"]["train"]["source"] = place
+    try:
+        answer = house.order(recipe)
+        assert answer.status_code == 201, answer.text
+        run = house.await_end(answer.json()["id"])
+    finally:
+        link.unlink(missing_ok=True)
+    assert run["state"]["type"] == "FAILED"
+    assert place in run["state"]["message"]
+    assert "a recipe that comes through the server may read" in run["state"]["message"]
+    assert set(house.states(run["id"])) <= {"import teacher"}
 
 
 def test_run_is_remembered_by_mlflow(house: House, ordered: dict[str, Any]) -> None:

@@ -1,0 +1,64 @@
+"""What a recipe that came through the server may read: whoever can order a run is no user here."""
+
+import os
+from itertools import chain
+from pathlib import Path
+
+from stillroom.errors import SourceError
+from tasks.settings import Settings
+from tasks.sources import place_of
+
+
+def require_within_reach(reference: str, settings: Settings) -> None:
+    """Refuse a local path outside STILLROOM_DATA_ROOTS and an object outside STILLROOM_S3_SOURCES.
+
+    A path counts by where it leads: it and everything below it, links followed. Builtins, hub ids
+    and registered models are within reach.
+
+    Raises:
+        SourceError: it is not within reach; the message says who can change that.
+    """
+    match place_of(reference):
+        case "local":
+            _require_below_a_root(reference, settings)
+        case "s3":
+            _require_listed(reference, settings)
+        case _:
+            pass
+
+
+def _require_below_a_root(reference: str, settings: Settings) -> None:
+    listed = [Path(each).expanduser() for each in settings.data_roots.split(os.pathsep) if each]
+    roots = [root.resolve() for root in listed]
+    path = Path(reference).expanduser()
+    # The path first: nothing else is looked at where it is out of reach.
+    if all(_is_below(each, roots) for each in chain([path], path.rglob("*"))):
+        return
+    raise SourceError(
+        f"{reference}: a recipe that comes through the server may read local files below "
+        f"{_list(listed)} alone, links followed; put them there, or set STILLROOM_DATA_ROOTS where "
+        "the worker is started"
+    )
+
+
+def _is_below(path: Path, roots: list[Path]) -> bool:
+    try:
+        led = path.resolve()
+    except (OSError, RuntimeError):  # links that nobody may follow, or that lead in a circle
+        return False
+    return any(led.is_relative_to(root) for root in roots)
+
+
+def _require_listed(reference: str, settings: Settings) -> None:
+    listed = settings.s3_sources.split()
+    if any(f"{reference}/".startswith(f"{each.rstrip('/')}/") for each in listed):
+        return
+    raise SourceError(
+        f"{reference}: a recipe that comes through the server may read S3 below "
+        f"{_list(listed)} alone; put it there, or set STILLROOM_S3_SOURCES where the worker is "
+        "started"
+    )
+
+
+def _list(places: list[str] | list[Path]) -> str:
+    return ", ".join(map(str, places)) or "no place"
