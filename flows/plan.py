@@ -67,7 +67,7 @@ def resolver() -> Resolve:
     settings = Settings()
 
     def resolve_within_reach(place: Model | Text) -> Source:
-        require_within_reach(place.source, settings)
+        require_within_reach(place, settings)
         return resolve_source(place)
 
     return cache(resolve_within_reach)

@@ -4,25 +4,33 @@ import os
 from itertools import chain
 from pathlib import Path
 
+from stillroom.config import Model, Text
 from stillroom.errors import SourceError
 from tasks.settings import Settings
 from tasks.sources import place_of
 
 
-def require_within_reach(reference: str, settings: Settings) -> None:
+def require_within_reach(place: Model | Text, settings: Settings) -> None:
     """Refuse a local path outside STILLROOM_DATA_ROOTS and an object outside STILLROOM_S3_SOURCES.
 
     A path counts by where it leads: it and everything below it, links followed. Builtins, hub ids
-    and registered models are within reach.
+    and registered models are within reach; the code of a model only with
+    STILLROOM_ALLOW_REMOTE_CODE.
 
     Raises:
         SourceError: it is not within reach; the message says who can change that.
     """
-    match place_of(reference):
+    if isinstance(place, Model) and place.trust_remote_code and not settings.allow_remote_code:
+        raise SourceError(
+            f"{place.source}: trust_remote_code runs the model's own code, which a recipe that "
+            "comes through the server may not; take a model that needs none, or set "
+            "STILLROOM_ALLOW_REMOTE_CODE=true where the worker is started"
+        )
+    match place_of(place.source):
         case "local":
-            _require_below_a_root(reference, settings)
+            _require_below_a_root(place.source, settings)
         case "s3":
-            _require_listed(reference, settings)
+            _require_listed(place.source, settings)
         case _:
             pass
 

@@ -34,6 +34,8 @@ class Settings(BaseSettings):
     """Folders, with colons between, below which recipes that come through the server read."""
     s3_sources: str = ""
     """Places such as s3://bucket/prefix, with spaces between, below which they read too."""
+    allow_remote_code: bool = False
+    """Whether such recipes may have a model's own code run: `teacher.trust_remote_code`."""
     scratch: Path | None = None
     """Folder for work in progress; absent: scratch in home."""
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from stillroom.config import Model, Text
 from stillroom.errors import SourceError
 from tasks.reach import require_within_reach
 from tasks.settings import Settings
@@ -43,7 +44,7 @@ def settings(roots: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     ],
 )
 def test_within_reach(reference: str, roots: Path, settings: Settings) -> None:
-    require_within_reach(reference.format(roots=roots), settings)
+    require_within_reach(Text(source=reference.format(roots=roots)), settings)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_within_reach(reference: str, roots: Path, settings: Settings) -> None:
 )
 def test_a_path_out_of_the_roots(reference: str, roots: Path, settings: Settings) -> None:
     with pytest.raises(SourceError, match="set STILLROOM_DATA_ROOTS where the worker"):
-        require_within_reach(reference.format(roots=roots), settings)
+        require_within_reach(Text(source=reference.format(roots=roots)), settings)
 
 
 @pytest.mark.parametrize("target", ["/etc", "/etc/passwd", "../two-and-more", "link", "a.txt"])
@@ -69,10 +70,10 @@ def test_a_link_out_of_the_roots(asked: str, target: str, roots: Path, settings:
     link = roots / "one" / "texts" / "link"
     link.symlink_to(target if target != "../two-and-more" else roots / "two-and-more")
     if target == "a.txt":  # which lies beside it
-        require_within_reach(f"./{asked}", settings)
+        require_within_reach(Text(source=f"./{asked}"), settings)
         return
     with pytest.raises(SourceError, match="links followed"):
-        require_within_reach(f"./{asked}", settings)
+        require_within_reach(Text(source=f"./{asked}"), settings)
 
 
 @pytest.mark.parametrize(
@@ -80,10 +81,18 @@ def test_a_link_out_of_the_roots(asked: str, target: str, roots: Path, settings:
 )
 def test_an_object_out_of_the_list(reference: str, settings: Settings) -> None:
     with pytest.raises(SourceError, match="set STILLROOM_S3_SOURCES where the worker"):
-        require_within_reach(reference, settings)
+        require_within_reach(Text(source=reference), settings)
 
 
 def test_nothing_is_listed_until_someone_lists_it(roots: Path) -> None:
     for reference in (str(roots / "one"), "s3://bucket/texts", "/"):
         with pytest.raises(SourceError, match="below no place alone"):
-            require_within_reach(reference, Settings(data_roots="", s3_sources=""))
+            require_within_reach(Text(source=reference), Settings(data_roots="", s3_sources=""))
+
+
+def test_the_code_of_a_model_runs_only_where_the_operator_lets_it(roots: Path) -> None:
+    model = Model(source="owner/name", trust_remote_code=True)
+    with pytest.raises(SourceError, match="STILLROOM_ALLOW_REMOTE_CODE=true where the worker"):
+        require_within_reach(model, Settings())
+    require_within_reach(model, Settings(allow_remote_code=True))
+    require_within_reach(Model(source="owner/name"), Settings())
