@@ -1,11 +1,15 @@
-"""S3 servers, and an environment that knows nothing but one of them."""
+"""S3 servers and a registry, and an environment that knows nothing but one of them."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.servers import S3Server, rgw_server
+
+if TYPE_CHECKING:
+    from tests.registering import Place
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +27,21 @@ def mock_s3() -> Iterator[S3Server]:
 def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     with rgw_server(tmp_path_factory.mktemp("ceph")) as server:
         yield server
+
+
+@pytest.fixture
+def mlflow_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `connect` set MLflow's variables for this process: they are unset after the test."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.setenv(name, "unset")
+
+
+@pytest.fixture
+def place(tmp_path: Path, mlflow_environment: None) -> "Place":
+    """MLflow in a folder, with a run that has begun."""
+    from tests.registering import new_place
+
+    return new_place(tmp_path)
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ from tests.registering import (
     adapted_logits,
     llama_folder,
     logits,
-    new_place,
     quantized_folder,
     register_pair,
 )
@@ -35,13 +34,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The ``noload``"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`"),
 ]
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
-        monkeypatch.setenv(name, "unset")
-    return new_place(tmp_path)
 
 
 @pytest.fixture

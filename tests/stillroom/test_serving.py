@@ -20,7 +20,6 @@ from stillroom.serving import (
     read_stop_ids,
 )
 from tasks.registry import register_base
-from tests.registering import new_place
 from tests.stillroom.quantization.formats.gguf_models import tiny_model, write_checkpoint
 
 pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
@@ -153,10 +152,7 @@ for engine in ("auto", "torch", "llama.cpp"):
 
 @llama_cpp
 @pytest.mark.filterwarnings("ignore:The ``noload``")
-def test_a_registered_version_runs_its_export(folder, tmp_path, monkeypatch):
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
-        monkeypatch.setenv(name, "unset")
-    place = new_place(tmp_path)
+def test_a_registered_version_runs_its_export(folder, tmp_path, place):
     made = register_base(place.client, place.candidate("tiny", folder, "a" * 64))
     done = subprocess.run(
         # -I: the version's own code must do, without this repository.

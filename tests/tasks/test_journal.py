@@ -1,7 +1,6 @@
 """What a flow run writes down of its stages, and when."""
 
 import logging
-from pathlib import Path
 
 import pytest
 
@@ -9,16 +8,9 @@ from stillroom.errors import StageError
 from tasks.journal import Journal
 from tasks.stages import IMPORT_MODEL, Order
 from tasks.store.store import open_store
-from tests.registering import Place, new_place
+from tests.registering import Place
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")  # SQLAlchemy, through MLflow
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
-        monkeypatch.setenv(name, "unset")
-    return new_place(tmp_path)
 
 
 @pytest.fixture

@@ -34,7 +34,6 @@ from tests.registering import (
     classifier_folder,
     llama_folder,
     masked_folder,
-    new_place,
     quantized_folder,
     register_pair,
 )
@@ -62,13 +61,6 @@ import stillroom
 ours = sorted(name for name in sys.modules if name.startswith("stillroom"))
 print(json.dumps([stillroom.__file__, ours, answer.to_dict("list")]))
 """
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
-        monkeypatch.setenv(name, "unset")
-    return new_place(tmp_path)
 
 
 def files_of(version: Any) -> Path:

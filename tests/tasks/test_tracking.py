@@ -20,22 +20,10 @@ from tasks.tracking import (
     ensure_experiment,
     log_stage,
 )
-from tests.registering import Place, new_database, new_place
+from tests.registering import Place, new_database
 
 # MLflow itself uses what SQLAlchemy will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    keep_environment(monkeypatch)
-    return new_place(tmp_path)
-
-
-def keep_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    # `connect` sets them for this process and its children; undone after the test.
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
-        monkeypatch.setenv(name, "unset")
 
 
 def stage(name: str = "quantize", **more: object) -> StageRecord:
@@ -213,10 +201,10 @@ def test_deleted_experiment_is_named(place: Place) -> None:
         ensure_experiment(place.client, "tiny")
 
 
+@pytest.mark.usefixtures("mlflow_environment")
 def test_server_that_does_not_answer_is_named_within_bounds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    keep_environment(monkeypatch)
     monkeypatch.setenv("STILLROOM_MLFLOW_TIMEOUT", "0.5")
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
