@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from stillroom.adapters.flattened import BatchRows
 from stillroom.adapters.options import LoraOptions
@@ -33,9 +34,9 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the update (..., out) for inputs (..., in)."""
-        inputs = self.dropout(x.to(self.A.dtype))
-        update: Tensor = (inputs @ self.A.T @ self.B.T) * self.scale
-        return update
+        inner = functional.linear(self.dropout(x.to(self.A.dtype)), self.A)
+        # Scaled where it is narrow: of the wide update there is no second copy.
+        return functional.linear(inner * self.scale, self.B)
 
 
 class LoraAdapter(Part):
