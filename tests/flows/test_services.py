@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.flows.house import STAGES, House, open_house, processes_of, small_recipe, start
 from tests.flows.terminal import ROOT, assert_refused
@@ -87,29 +86,28 @@ def test_run_ordered_from_the_server(house: House, ordered: dict[str, Any]) -> N
     assert (house.terminal.home / "reports" / "tiny" / "report.html").exists()
 
 
-@pytest.mark.parametrize("place", ["/etc/passwd", "a link", "s3://elsewhere/texts"])
 def test_a_recipe_from_the_server_reads_what_is_listed_alone(
-    house: House, parts: Path, tmp_path: Path, place: str
+    house: House, recipe: dict[str, Any], parts: Path, tmp_path: Path
 ) -> None:
-    recipe = small_recipe(
-        yaml.safe_load((house.terminal.folder / "recipe.yaml").read_text()), parts
-    )
-    link = parts / f"{tmp_path.name}.jsonl"
-    if place == "a link":
-        (tmp_path / "secret.jsonl").write_text('{"text": "planted"}\n')
-        link.symlink_to(tmp_path / "secret.jsonl")
-        place = str(link)
-    recipe["data"]["train"]["source"] = place
+    (tmp_path / "secret.jsonl").write_text('{"text": "planted"}\n')
+    link = parts / "link.jsonl"
+    link.symlink_to(tmp_path / "secret.jsonl")
+    runs = {}
     try:
-        answer = house.order(recipe)
-        assert answer.status_code == 201, answer.text
-        run = house.await_end(answer.json()["id"])
+        for place in ("/etc/passwd", str(link), "s3://elsewhere/texts"):
+            asked = small_recipe(recipe, parts)
+            asked["data"]["train"]["source"] = place
+            answer = house.order(asked)
+            assert answer.status_code == 201, answer.text
+            runs[place] = answer.json()["id"]
+        ended = {place: house.await_end(run) for place, run in runs.items()}
     finally:
-        link.unlink(missing_ok=True)
-    assert run["state"]["type"] == "FAILED"
-    assert place in run["state"]["message"]
-    assert "a recipe that comes through the server may read" in run["state"]["message"]
-    assert set(house.states(run["id"])) <= {"import teacher"}
+        link.unlink()
+    for place, run in ended.items():
+        assert run["state"]["type"] == "FAILED"
+        assert place in run["state"]["message"]
+        assert "a recipe that comes through the server may read" in run["state"]["message"]
+        assert set(house.states(run["id"])) <= {"import teacher"}
 
 
 def test_run_is_remembered_by_mlflow(house: House, ordered: dict[str, Any]) -> None:
