@@ -26,13 +26,11 @@ def require_within_reach(place: Model | Text, settings: Settings) -> None:
             "comes through the server may not; take a model that needs none, or set "
             "STILLROOM_ALLOW_REMOTE_CODE=true where the worker is started"
         )
-    match place_of(place.source):
-        case "local":
-            _require_below_a_root(place.source, settings)
-        case "s3":
-            _require_listed(place.source, settings)
-        case _:
-            pass
+    where = place_of(place.source)
+    if where == "local":
+        _require_below_a_root(place.source, settings)
+    elif where == "s3":
+        _require_listed(place.source, settings)
 
 
 def _require_below_a_root(reference: str, settings: Settings) -> None:

@@ -41,24 +41,27 @@ def gather() -> list[Claim]:
     from benchmarks.quantization.plot import plot
 
     measures = read_measures(MEASURED, measure_path, RESULTS)
-    rows = finished_rows(table_cells())
-    timed = finished_rows(timing_cells())
-    table = json.loads(RESULTS.read_text())["table"]
-    if rows or timed:  # on this machine; else the table stays
-        claims = quality_claims(rows)
-        if timed and "floor" in measures:
-            claims += speed_claims(timed, measures["floor"]["cpu_seconds"])
-        table = {
-            "text": text_source(),
-            "rows": [_short(row) for row in rows + timed],
-            "circumstances": circumstances(),
-            "claims": [claim.as_json() for claim in claims],
-        }
-    written = {"table": table, "measures": measures}
-    write_results(written, RESULTS, PAGE, summarise)
-    if rows:
+    parts = json.loads(RESULTS.read_text())
+    # What has no row on this machine stays as it was measured elsewhere.
+    if rows := finished_rows(table_cells()):
+        parts["table"] = _part(rows, quality_claims(rows))
         plot(rows, PLOT)
-    return claims_of({"table": table, **measures})
+    if timed := finished_rows(timing_cells()):
+        claims = []
+        if "floor" in measures:
+            claims = speed_claims(timed, measures["floor"]["cpu_seconds"])
+        parts["timing"] = _part(timed, claims)
+    write_results(parts | {"measures": measures}, RESULTS, PAGE, summarise)
+    return claims_of({"table": parts["table"], "timing": parts["timing"], **measures})
+
+
+def _part(rows: list[dict[str, Any]], claims: list[Claim]) -> dict[str, Any]:
+    return {
+        "text": text_source(),
+        "rows": [_short(row) for row in rows],
+        "circumstances": circumstances(),
+        "claims": [claim.as_json() for claim in claims],
+    }
 
 
 def print_table() -> None:
