@@ -4,6 +4,7 @@ A version is registered whether its gates passed or not, and says which; only `m
 the one that others get.
 """
 
+import contextlib
 import shutil
 import tempfile
 import time
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.contents import BaseReference, Contents, Kind, Task, list_files
-from stillroom.errors import MismatchError, SourceError
-from stillroom.pull import reaching
+from stillroom.errors import CorruptedError, MismatchError, SourceError
+from stillroom.pull import ATTEMPTS, reaching
 from tasks.model_lock import model_lock
 from tasks.tracking import TAG_KEY, TAG_KIND
 
@@ -247,10 +248,19 @@ def _listed(client: Any, registered: Registered, scratch: Path) -> Contents:
     from stillroom.contents import LISTING, read_contents
 
     with reaching(client.tracking_uri):
+        version = client.get_model_version(registered.name, registered.version)
         uri = client.get_model_version_download_uri(registered.name, registered.version)
-        file = download_artifacts(
-            artifact_uri=f"{uri}/artifacts/{LISTING}",
-            dst_path=str(scratch),
-            tracking_uri=client.tracking_uri,
-        )
-    return read_contents(Path(file))
+        for _ in range(ATTEMPTS):
+            file = download_artifacts(
+                artifact_uri=f"{uri}/artifacts/{LISTING}",
+                dst_path=str(scratch),
+                tracking_uri=client.tracking_uri,
+            )
+            with contextlib.suppress(CorruptedError):  # not as it was listed: asked for again
+                contents = read_contents(Path(file))
+                if contents.sha256() == version.tags.get(TAG_CONTENT):
+                    return contents
+    raise CorruptedError(
+        f"{registered.uri}: its {LISTING} does not list what was registered, {ATTEMPTS} times; "
+        "register the model again"
+    )

@@ -11,6 +11,8 @@ from stillroom.checkpoint import files_below, sha256_of
 from stillroom.errors import SourceError, StoreError
 
 Place = Literal["builtin", "hub", "local", "s3", "registry"]
+DOWNLOADS = 5
+MD5_DIGITS = 32
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def _s3_identity(reference: str) -> str:
 def _s3_objects(reference: str) -> list[tuple[str, int, str]]:
     from botocore.exceptions import BotoCoreError, ClientError
 
-    from tasks.store.s3 import s3_client
+    from tasks.store.s3_client import s3_client
 
     bucket, _, prefix = reference.removeprefix("s3://").partition("/")
     try:
@@ -193,14 +195,34 @@ def _s3_objects(reference: str) -> list[tuple[str, int, str]]:
 
 
 def _fetch_s3(reference: str, folder: Path) -> Path:
-    from tasks.store.s3 import s3_client
+    from tasks.store.s3_client import s3_client
 
     bucket, _, prefix = reference.removeprefix("s3://").partition("/")
-    objects = _s3_objects(reference)
-    for name, _, _ in objects:
+    objects, client = _s3_objects(reference), s3_client()
+    for name, _, etag in objects:
         relative = name.removeprefix(prefix).lstrip("/") or Path(name).name
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
-        s3_client().download_file(bucket, name, str(target))
+        for _ in range(DOWNLOADS):
+            client.download_file(bucket, name, str(target))
+            if _as_stored(target, etag):
+                break
+        else:
+            raise SourceError(
+                f"s3://{bucket}/{name} came {DOWNLOADS} times, and never with the MD5 that its "
+                "server says it has: check what lies between, then run again"
+            )
     single = len(objects) == 1 and objects[0][0] == prefix
     return folder / Path(prefix).name if single else folder
+
+
+def _as_stored(file: Path, etag: str) -> bool:
+    """Return whether a file is the object of that ETag, as far as an ETag tells.
+
+    It is the content's MD5 where the object came in one piece and is not encrypted by a key.
+    """
+    said = etag.strip('"')
+    if "-" in said or len(said) != MD5_DIGITS:
+        return True
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "md5").hexdigest() == said

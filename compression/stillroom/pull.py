@@ -12,6 +12,7 @@ from typing import Any
 from stillroom.adapted import join_base, merge_into
 from stillroom.contents import LISTING, BaseReference, Contents, read_contents, verify_files
 from stillroom.errors import (
+    CorruptedError,
     MismatchError,
     ServiceUnreachableError,
     SourceError,
@@ -20,6 +21,7 @@ from stillroom.errors import (
 )
 from stillroom.redaction import redact
 
+ATTEMPTS = 4
 # How MLflow words a request that got no answer; its error codes do not tell.
 _NO_ANSWER = ("failed with exception", "Max retries exceeded", "Connection refused")
 
@@ -99,11 +101,22 @@ def fetch(client: Any, version: Version, folder: Path) -> Contents:
         StoreError: its files cannot be fetched.
         CorruptedError: a file is not the one that was registered.
     """
+    for attempt in range(ATTEMPTS):
+        try:
+            return _fetch(client, version, folder)
+        except CorruptedError:  # on the way, perhaps: then it comes as it was stored next time
+            if attempt == ATTEMPTS - 1:
+                raise
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _fetch(client: Any, version: Version, folder: Path) -> Contents:
     from mlflow.artifacts import download_artifacts
 
     with reaching(client.tracking_uri):
         uri = client.get_model_version_download_uri(version.name, version.version)
     raw = folder.with_name(f"{folder.name}.raw")
+    shutil.rmtree(raw, ignore_errors=True)  # of an earlier attempt
     with _fetching(version):
         found = download_artifacts(
             artifact_uri=f"{uri}/artifacts", dst_path=str(raw), tracking_uri=client.tracking_uri

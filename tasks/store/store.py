@@ -17,9 +17,7 @@ from tasks.store.lease import LEASE_SECONDS, Lease, held
 from tasks.store.local import LocalBackend
 from tasks.store.partial import StoreCheckpoints
 from tasks.store.record import Record, StoredFile, blob_name, manifest_name
-from tasks.store.verify import Problem, find_problems
-
-REPAIR = "python -m flows store verify --repair"
+from tasks.store.verify import REPAIR, Problem, find_problems
 
 
 def open_store(url: str) -> "ArtifactStore":

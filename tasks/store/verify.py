@@ -12,6 +12,8 @@ from tasks.store.backend import Backend
 from tasks.store.partial import StoreCheckpoints, partial_keys
 from tasks.store.record import Record, StoredFile, blob_name
 
+REPAIR = "python -m flows store verify --repair"
+
 What = Literal["manifest", "missing", "size", "content"]
 
 
@@ -31,12 +33,12 @@ def find_problems(backend: Backend, *, deep: bool) -> Iterator[Problem]:
     """Yield what is wrong with artifacts and checkpoints; with `deep`, hash every file."""
     users: dict[StoredFile, list[str]] = defaultdict(list)
     for entry in backend.list("artifacts/"):
-        content = backend.read(entry.name)
-        if content is None:
-            continue  # removed since it was listed
         try:
+            content = backend.read(entry.name)
+            if content is None:
+                continue  # removed since it was listed
             record = Record.model_validate_json(content)
-        except ValidationError:
+        except (CorruptedError, ValidationError):
             yield _unreadable(entry.name, "truncated or damaged")
             continue
         if record.name != entry.name:

@@ -24,7 +24,7 @@ def test_road_over_s3(
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
-    from tasks.store.s3 import s3_client
+    from tasks.store.s3_client import s3_client
 
     server = request.getfixturevalue(place)
     opened = terminal()

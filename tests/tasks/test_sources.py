@@ -82,7 +82,7 @@ def test_a_pinned_commit_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def bucket(mock_s3: S3Server, s3_environment: Callable[[S3Server], None]) -> str:
-    from tasks.store.s3 import s3_client
+    from tasks.store.s3_client import s3_client
 
     s3_environment(mock_s3)
     name = f"texts-{uuid.uuid4().hex[:8]}"
@@ -91,7 +91,7 @@ def bucket(mock_s3: S3Server, s3_environment: Callable[[S3Server], None]) -> str
 
 
 def test_a_text_on_s3_resolves_and_arrives(bucket: str, tmp_path: Path) -> None:
-    from tasks.store.s3 import s3_client
+    from tasks.store.s3_client import s3_client
 
     client = s3_client()
     for name in ("corpus/a.txt", "corpus/deep/b.txt", "corpus-of-another/c.txt"):

@@ -1,0 +1,90 @@
+"""The whole road over an S3 server that one time in ten refuses, dawdles or changes a byte."""
+
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillroom.checkpoint import sha256_of
+from stillroom.pull import pull
+from tasks.store.record import Record
+from tasks.store.store import open_store
+from tests.faulty_s3 import faulty
+from tests.flows.house import small_recipe
+from tests.flows.terminal import Terminal, assert_done, move_in
+from tests.servers import S3Server, rgw_is_installed
+
+NO_CEPH = pytest.mark.skipif(not rgw_is_installed(), reason="Ceph's radosgw is not installed")
+# An evaluation holds times, which differ.
+COMPARED = {"model", "dataset", "teacher-cache", "adapter"}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("place", ["mock_s3", pytest.param("ceph", marks=NO_CEPH)])
+def test_road_over_faulty_s3(
+    place: str,
+    terminal: Callable[[], Terminal],
+    recipe: dict[str, Any],
+    parts: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    s3_environment: Callable[[S3Server], None],
+    monkeypatch: pytest.MonkeyPatch,
+    empty_database: Path,
+    mlflow_environment: None,
+) -> None:
+    from tasks.store.s3_client import s3_client
+
+    sound = request.getfixturevalue(place)
+    s3_environment(sound)
+    bucket = f"stillroom-{uuid.uuid4().hex[:12]}"
+    client = s3_client()
+    client.create_bucket(Bucket=bucket)
+    client.upload_file(str(parts / "text.jsonl"), bucket, "texts/text.jsonl")
+    client.close()
+    small = small_recipe(recipe, parts)
+    small["data"]["train"]["source"] = f"s3://{bucket}/texts/text.jsonl"
+    opened = terminal()
+    opened.write(small)
+
+    with faulty(sound) as faults:
+        opened.variables |= {
+            "AWS_ENDPOINT_URL_S3": faults.server.endpoint,
+            "AWS_ACCESS_KEY_ID": sound.access_key,
+            "AWS_SECRET_ACCESS_KEY": sound.secret_key,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "STILLROOM_STORE": f"s3://{bucket}/store",
+        }
+        assert_done(opened.compress())
+        assert {"503", "slow", "wrong"} <= set(faults.done), faults.done
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", faults.server.endpoint)
+        registry = f"sqlite:///{opened.home / 'mlflow.db'}"
+        pull("models:/tiny-law@champion", tmp_path / "pulled", tracking_uri=registry)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", sound.endpoint)
+
+    by_faults = compared(list(open_store(f"s3://{bucket}/store").records()))
+    opened.variables |= {
+        "AWS_ENDPOINT_URL_S3": sound.endpoint,
+        "STILLROOM_HOME": str(tmp_path / "undisturbed"),
+        "STILLROOM_STORE": "",
+    }
+    move_in(opened.home, empty_database)
+    assert_done(opened.compress())
+    assert by_faults == compared(list(opened.store.records()))
+    (adapter,) = opened.records("adapter")
+    for file in adapter.files:
+        if file.path.endswith(".safetensors"):
+            assert sha256_of(tmp_path / "pulled" / "adapter" / file.path) == file.sha256
+
+
+def compared(records: list[Record]) -> dict[str, dict[str, str]]:
+    """Return the hash of each file of what was made, by the key of its artifact."""
+    found = {
+        record.key: {file.path: file.sha256 for file in record.files}
+        for record in records
+        if record.kind in COMPARED
+    }
+    assert len(found) >= 6
+    return found
