@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from stillroom.errors import ServiceUnreachableError, StillroomError
+from tasks.automations import create_automations
 from tasks.settings import QUIET_SERVICES, Settings, is_of
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +54,7 @@ def _start_all(settings: Settings, say: Callable[[str], None]) -> dict[str, str]
     try:
         say("waiting for the servers (their first start takes about 40 s)")
         running.start_servers()
-        _register(running.services["prefect"], running.environment)
+        register(running.services["prefect"], running.environment)
         say(f"registered the deployments and the work pools {CPU_POOL} and {GPU_POOL}")
         running.start("worker", "prefect", "worker", "start", "--pool", CPU_POOL, "--type=process")
         running.await_worker()
@@ -172,6 +173,8 @@ def _environment(settings: Settings, services: dict[str, str]) -> dict[str, str]
             "PREFECT_API_URL": services["prefect"],
             "PREFECT_SERVER_UI_API_URL": services["prefect"],
             "MLFLOW_TRACKING_URI": services["mlflow"],
+            # Three of them without a word, and an automation says that the run is lost.
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             # Scheduled scoring of traces: seven processes that nobody here asks for.
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "STILLROOM_HOME": str(settings.root),
@@ -182,8 +185,12 @@ def _environment(settings: Settings, services: dict[str, str]) -> dict[str, str]
     )
 
 
-def _register(api: str, environment: dict[str, str]) -> None:
-    """Create the pools that are missing and bring the deployments up to date."""
+def register(api: str, environment: dict[str, str]) -> None:
+    """Create the pools that are missing and bring the deployments up to date.
+
+    Raises:
+        StillroomError: Prefect refuses one of them.
+    """
     for name, description in POOLS.items():
         if _ask("GET", f"{api}/work_pools/{name}").status_code == httpx.codes.NOT_FOUND:
             pool = {"name": name, "type": "process", "description": description}
@@ -200,6 +207,7 @@ def _register(api: str, environment: dict[str, str]) -> None:
     for schedule, url in _schedules(api):
         if _rhythm(schedule) in switched_on and not schedule["active"]:
             _ask("PATCH", url, {"active": True}).raise_for_status()
+    create_automations(api, _ask)
 
 
 def _schedules(api: str) -> list[tuple[dict[str, Any], str]]:
@@ -218,8 +226,10 @@ def _rhythm(schedule: dict[str, Any]) -> tuple[str, str]:
 
 
 def _ask(method: str, url: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
+    login = (user, password) if user else None
     # A proxy of the environment is not for loopback.
-    with httpx.Client(trust_env=False, timeout=30) as client:
+    with httpx.Client(trust_env=False, timeout=30, auth=login) as client:
         return client.request(method, url, json=body)
 
 
