@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -14,7 +15,10 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
+# Debian keeps them off the PATH, a folder a version.
+POSTGRES_PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
 RGW_PROGRAMS = ("ceph-mon", "ceph-mgr", "ceph-osd", "radosgw", "ceph", "monmaptool")
 START_SECONDS = 90
 STOP_SECONDS = 20
@@ -63,6 +67,38 @@ class S3Server:
     endpoint: str
     access_key: str
     secret_key: str
+
+
+@dataclass(frozen=True)
+class Postgres:
+    port: int
+    password: str
+    programs: Path
+    user: str = "keeper"
+
+    def address(self, database: str, driver: str) -> str:
+        login = f"{self.user}:{quote(self.password, safe='')}"
+        return f"postgresql+{driver}://{login}@127.0.0.1:{self.port}/{database}"
+
+    def run(self, program: str, *arguments: str) -> str:
+        """Run one of PostgreSQL's programs against the server, and return what it says."""
+        where = {
+            "PGHOST": "127.0.0.1",
+            "PGPORT": str(self.port),
+            "PGUSER": self.user,
+            "PGPASSWORD": self.password,
+            "PGDATABASE": "postgres",
+        }
+        done = subprocess.run(
+            [self.programs / program, *arguments],
+            env=os.environ | where,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=START_SECONDS,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
 
 def free_port() -> int:
@@ -171,8 +207,46 @@ def prefect_server(root: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def postgres_server(password: str) -> Iterator[Postgres]:
+    """Run a PostgreSQL server that asks for a password, in a folder of its own."""
+    # It refuses to run as root, and the user that it runs as cannot enter root's folders.
+    user = "postgres" if os.geteuid() == 0 else None
+    programs, port = POSTGRES_PROGRAMS[-1].parent, free_port()
+    server = Postgres(port, password, programs)
+    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
+        root = Path(folder)
+        (root / "password").write_text(password)
+        for path in (root, root / "password"):
+            shutil.chown(path, user or os.geteuid(), user or os.getegid())
+        make = [programs / "initdb", "--pgdata", root / "data", "--username", server.user]
+        make += ["--pwfile", root / "password", "--auth", "scram-sha-256", "--no-sync"]
+        subprocess.run(make, check=True, capture_output=True, user=user, group=user, cwd=root)
+        command = [str(programs / "postgres"), "-D", str(root / "data"), "-p", str(port)]
+        command += ["-h", "127.0.0.1", "-k", str(root), "-c", "fsync=off"]
+        with running(command, root / "log", user=user):
+            _await_postgres(server)
+            yield server
+
+
+def _await_postgres(server: Postgres) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            server.run("psql", "--command", "select 1")
+        except AssertionError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+        else:
+            return
+
+
+@contextlib.contextmanager
 def running(
-    command: list[str], log: Path, environment: dict[str, str] | None = None
+    command: list[str],
+    log: Path,
+    environment: dict[str, str] | None = None,
+    user: str | None = None,
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """Run a server of our own, and end it whatever happens."""
     with log.open("wb") as output:
@@ -182,6 +256,9 @@ def running(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env=environment,
+            user=user,
+            group=user,
+            cwd=log.parent if user else None,
             start_new_session=True,
         )
     try:

@@ -55,7 +55,7 @@ def instructions(dockerfile: Path) -> list[tuple[str, str]]:
 
 
 def parsed_by_prefect(command: list[str]) -> dict[str, Any]:
-    """Return the options that Prefect's own command line reads, and refuse what it does not know."""
+    """Return the options that Prefect reads; what it does not know is an error."""
     from prefect.cli._app import _app as app
 
     program, *words = command
