@@ -186,11 +186,7 @@ def _environment(settings: Settings, services: dict[str, str]) -> dict[str, str]
 
 
 def register(api: str, environment: dict[str, str]) -> None:
-    """Create the pools that are missing and bring the deployments up to date.
-
-    Raises:
-        StillroomError: Prefect refuses one of them.
-    """
+    """Create the pools and automations that are missing and bring the deployments up to date."""
     for name, description in POOLS.items():
         if _ask("GET", f"{api}/work_pools/{name}").status_code == httpx.codes.NOT_FOUND:
             pool = {"name": name, "type": "process", "description": description}

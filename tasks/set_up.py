@@ -7,7 +7,10 @@ that of `make up`, the work pools, the deployments of deployments/prefect.yaml a
 import os
 import sys
 
-from stillroom.errors import StillroomError
+import httpx
+
+from stillroom.errors import ServiceUnreachableError, StillroomError
+from stillroom.redaction import redact
 from tasks.services import register
 from tasks.settings import Settings
 
@@ -32,7 +35,13 @@ def _set_up(settings: Settings) -> None:
         )
     if settings.store_url.startswith("s3://"):
         _make_bucket(settings.store_url.removeprefix("s3://").partition("/")[0])
-    register(api, environment)
+    try:
+        register(api, environment)
+    except httpx.HTTPError as error:
+        raise ServiceUnreachableError(
+            f"Prefect at {redact(api)} was not set up ({' '.join(str(error).split())}); see "
+            "whether it runs, and whether PREFECT_API_AUTH_STRING is its USER:PASSWORD"
+        ) from error
     print("the work pools, the deployments and the automations are there")
 
 

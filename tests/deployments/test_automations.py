@@ -36,10 +36,13 @@ SlackWebhook(url=sys.argv[2]).save("stillroom-mail")
 
 
 def test_every_automation_is_one() -> None:
+    from prefect.events.schemas.automations import AutomationCore
     from prefect.server.events.schemas.automations import AutomationCreate
 
     for automation in listed(AUTOMATIONS):
         AutomationCreate.model_validate(automation)
+        # What `prefect automation create --from-file` takes.
+        AutomationCore.model_validate(automation)
     for automation in listed(NOTIFICATIONS):
         (action,) = automation["actions"]
         action["block_document_id"] = "00000000-0000-0000-0000-000000000000"
