@@ -3,6 +3,8 @@
 import logging
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelled, Completed, Crashed, Running
+from prefect.states import Cancelled, Completed, Crashed, Running, Scheduled
 
 from flows.make_stage import make_stage
 from stillroom.config import Execution
@@ -138,6 +140,34 @@ def test_a_worker_with_another_store(
     pool = Workers(Execution(over="workers", deployment=deployment), store)
     with pytest.raises(StoreError, match="file:///other, and the store of the flow is file:"):
         pool.make(ORDER, {}, silent)
+
+
+@pytest.mark.integration
+def test_waiting_ends_where_the_flow_does(
+    client: SyncPrefectClient,
+    deployment: str,
+    store: ArtifactStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(elsewhere, "UNTAKEN_SECONDS", 60.0)
+    runs = answers(client, monkeypatch, Scheduled())
+    pool = Workers(Execution(over="workers", deployment=deployment), store)
+    settings = copy_context()
+    with ThreadPoolExecutor(1) as threads:
+
+        def fail_beside_another() -> "Future[Any]":
+            with pool:
+                waiting = threads.submit(settings.run, pool.make, ORDER, {}, silent)
+                while not runs:
+                    time.sleep(0.05)
+                raise KeyError(waiting)
+
+        with pytest.raises(KeyError) as failed:
+            fail_beside_another()
+        (waiting,) = failed.value.args
+        with pytest.raises(StageError, match="not waited for"):
+            waiting.result(30)
+    assert client.read_flow_run(runs[0].id).state_name == "Cancelled"
 
 
 def test_a_server_that_is_away_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
