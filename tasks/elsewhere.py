@@ -100,7 +100,7 @@ def await_ends(
             if look is not None:
                 _answered(partial(look, client))
             if waiting and stop.wait(POLL_SECONDS):
-                raise StageError(f"{title}: not waited for, because another stage has failed")
+                raise StageError(f"{title}: its run is cancelled, because the flow ends early")
 
 
 def cancel_runs(runs: Sequence[FlowRun]) -> None:

@@ -165,7 +165,7 @@ def test_waiting_ends_where_the_flow_does(
         with pytest.raises(KeyError) as failed:
             fail_beside_another()
         (waiting,) = failed.value.args
-        with pytest.raises(StageError, match="not waited for"):
+        with pytest.raises(StageError, match="because the flow ends early"):
             waiting.result(30)
     assert client.read_flow_run(runs[0].id).state_name == "Cancelled"
 
