@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stillroom.errors import StillroomError
+from stillroom.errors import RecipeError, StillroomError
 from tasks.store.commands import add_store_commands, run_store_command
 
 ACTIONABLE, REFUSED = 2, 1
@@ -96,6 +96,7 @@ def _run(recipe: Any) -> int:
     settings = Settings()
     # Prefect reads its environment when it is imported.
     os.environ.update(settings.environment())
+    _require_server(recipe.execution)
     from flows.compress import compress
 
     state: Any = compress(recipe, return_state=True)
@@ -122,6 +123,7 @@ def _measure_dimension(options: argparse.Namespace) -> int:
         return 0
     # Prefect reads its environment when it is imported.
     os.environ.update(settings.environment())
+    _require_server(recipe.execution)
     from flows.measure_intrinsic_dimension import measure_intrinsic_dimension
 
     state: Any = measure_intrinsic_dimension(recipe, return_state=True)
@@ -133,6 +135,17 @@ def _measure_dimension(options: argparse.Namespace) -> int:
         print(f"  load it: mlflow.pyfunc.load_model({uri!r})")
     print(f"curve and plot: {outcome.folder}\nMLflow: {outcome.mlflow}")
     return 0
+
+
+def _require_server(execution: Any) -> None:
+    """Refuse to send stages to workers that nobody has told where to ask for them."""
+    from prefect.settings import PREFECT_API_URL
+
+    if execution.over == "workers" and not PREFECT_API_URL.value():
+        raise RecipeError(
+            "execution.over: workers needs a Prefect server that workers ask for runs; start one "
+            "with `make up`, set PREFECT_API_URL to one that runs, or take execution.over: here"
+        )
 
 
 def _account(outcome: Any, settings: Any) -> list[str]:

@@ -6,29 +6,28 @@ What none of them made, because it was killed, the stage itself makes.
 """
 
 import os
-import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from prefect import flow, get_client, get_run_logger, task
+from prefect import flow, get_run_logger, task
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.deployments import run_deployment
-from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelled, Cancelling, Completed, Failed
+from prefect.states import Completed, Failed
 
 from stillroom.config import Recipe
 from stillroom.errors import RecipeError, StageError
 from tasks.cache_share import Share, work_share
+from tasks.elsewhere import await_ends, cancel_runs, start_run
 from tasks.explain import explain
 from tasks.progress import ShownProgress
 from tasks.stages import CACHE_TEACHER, Order
 from tasks.store.record import Record
 from tasks.store.store import ArtifactStore
 
-POLL_SECONDS = 2.0
-UNTAKEN_SECONDS = 600.0
-"""How long runs may wait for a worker that takes the first of them."""
+SETTINGS = {
+    "setting": "execution.cache_deployment",
+    "instead": "execution.cache_over: processes",
+}
 
 
 @flow(name="ask-teacher", flow_run_name="{share.order.title}, shared", persist_result=False)
@@ -74,70 +73,20 @@ def _answer(share: Share) -> "State[None]":
 
 
 def _over_prefect(share: Share, workers: int, deployment: str) -> None:
-    runs: list[FlowRun] = []
-    try:
-        for _ in range(workers):
-            runs.append(_run(deployment, share))
-        _await(runs, deployment, share.order.title)
-    finally:
-        _cancel(runs)
-
-
-def _run(deployment: str, share: Share) -> FlowRun:
+    title, lost, runs = share.order.title, 0, list[FlowRun]()
     parameters = {"share": share.model_dump(mode="json")}
     try:
-        run: Any = run_deployment(deployment, parameters=parameters, timeout=0)
-    except ObjectNotFound as error:
-        raise RecipeError(
-            f"execution.cache_deployment: the Prefect server has no deployment {deployment}; "
-            "register it with `prefect --no-prompt deploy --all --prefect-file "
-            "deployments/prefect.yaml`, or take execution.cache_over: processes"
-        ) from error
-    found: FlowRun = run
-    return found
-
-
-def _await(runs: list[FlowRun], deployment: str, title: str) -> None:
-    """Wait until all runs have ended.
-
-    Raises:
-        StageError: one failed, or none was taken by a worker.
-    """
-    started, lost = time.monotonic(), 0
-    waiting, taken = {run.id for run in runs}, False
-    with get_client(sync_client=True) as client:
-        while waiting:
-            for run_id in sorted(waiting):
-                state = client.read_flow_run(run_id).state
-                assert state is not None
-                taken = taken or not (state.is_scheduled() or state.is_pending())
-                if state.is_failed():
-                    raise StageError(f"{title}: {state.message}")
-                if state.is_final():
-                    waiting.remove(run_id)
-                    lost += not state.is_completed()
-            if not taken and time.monotonic() - started > UNTAKEN_SECONDS:
-                raise StageError(
-                    f"{title}: no worker took a run of {deployment} in {UNTAKEN_SECONDS:.0f} s; "
-                    "start one for its work pool with `prefect worker start --pool NAME`, and "
-                    "give the pool room for this run besides the one that ordered it"
-                )
-            if waiting:
-                time.sleep(POLL_SECONDS)
+        for _ in range(workers):
+            name = f"{title}, shared"
+            runs.append(start_run(deployment, name, parameters, **SETTINGS))
+        for state in await_ends(runs, deployment, title):
+            if state.is_failed():
+                raise StageError(f"{title}: {state.message}")
+            lost += not state.is_completed()
+    finally:
+        cancel_runs(runs)
     if lost:
         get_run_logger().warning("%s: %d runs were lost; what they left is made here", title, lost)
-
-
-def _cancel(runs: list[FlowRun]) -> None:
-    """Have runs that have not ended cancelled: whoever ordered them does not wait any more."""
-    with get_client(sync_client=True) as client:
-        for run in runs:
-            state = client.read_flow_run(run.id).state
-            if state is None or not state.is_final():
-                # What no worker has begun, none will end.
-                begun = state is not None and not state.is_scheduled()
-                ended: State[Any] = Cancelling() if begun else Cancelled()
-                client.set_flow_run_state(run.id, ended, force=True)
 
 
 def _over_ray(share: Share, workers: int) -> None:

@@ -24,6 +24,7 @@ from tasks.report import Role, Shown, write_report
 from tasks.run_stage import run_stage
 from tasks.stages import Order
 from tasks.store.record import Record
+from tasks.workers import Workers
 
 
 @flow(name="compress", flow_run_name="{recipe.name}", persist_result=False)
@@ -85,6 +86,7 @@ class Runner:
         self.recipe = recipe
         self.threads = recipe.execution.threads or threads_here()
         self.journal = journal
+        self.workers = Workers(recipe.execution, journal.store)
 
     def __call__(self, order: Order, artifacts: Mapping[str, Record]) -> Record:
         """Return the record of the artifact that `order` asks for.
@@ -94,7 +96,7 @@ class Runner:
         """
         ask_elsewhere(order, artifacts, self.recipe, self.threads, self.journal.store)
         state: State[Any] = run_stage(
-            order, artifacts, self.threads, self.journal, return_state=True
+            order, artifacts, self.threads, self.journal, self.workers, return_state=True
         )
         if state.is_failed():
             error = state.result(raise_on_failure=False)

@@ -26,6 +26,7 @@ from tasks.publish import register_subspace
 from tasks.run_stage import run_stage
 from tasks.stages import Order
 from tasks.store.record import Record
+from tasks.workers import Workers
 
 
 @flow(
@@ -77,6 +78,7 @@ class TrialRunner:
         self.journal = journal
         self.threads = recipe.execution.threads or threads_here()
         self.workers = recipe.search.workers
+        self.elsewhere = Workers(recipe.execution, journal.store)
         self.open = ExitStack()
 
     def __enter__(self) -> "TrialRunner":
@@ -92,7 +94,9 @@ class TrialRunner:
             StillroomError: it could not be made; the message says why.
         """
         self.open.enter_context(self.journal.store.lease(order.key))
-        state = run_stage(order, artifacts, self.threads, self.journal, return_state=True)
+        state: State[Any] = run_stage(
+            order, artifacts, self.threads, self.journal, self.elsewhere, return_state=True
+        )
         return _record(order, state)
 
     def all(self, orders: Sequence[Order], artifacts: dict[str, Record]) -> list[Record]:
@@ -103,7 +107,7 @@ class TrialRunner:
         """
         self.open.enter_context(self.journal.store.lease(*(order.key for order in orders)))
         pool: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=self.workers)
-        with pool as runner:
+        with pool as runner, self.elsewhere:
             submit = partial(self._submit, runner, artifacts)
             states = _side_by_side(orders, submit, self.workers)
         return [_record(order, states[order.key]) for order in orders if order.key in states]
@@ -112,8 +116,9 @@ class TrialRunner:
         self, runner: "ThreadPoolTaskRunner[Any]", artifacts: dict[str, Record], order: Order
     ) -> PrefectFuture[Any]:
         threads = max(1, self.threads // self.workers)
-        parameters = {"order": order, "records": artifacts, "threads": threads}
-        return runner.submit(run_stage, parameters | {"journal": self.journal})
+        parameters: dict[str, Any] = {"order": order, "records": artifacts, "threads": threads}
+        parameters |= {"journal": self.journal, "workers": self.elsewhere}
+        return runner.submit(run_stage, parameters)
 
 
 def _side_by_side(

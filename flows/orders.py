@@ -19,6 +19,7 @@ from stillroom.config import (
 )
 from stillroom.hardware import hardware_name, threads_here
 from stillroom.intrinsic_dimension.search import Trial
+from tasks.errand import class_of_workers
 from tasks.sources import Source
 from tasks.stages import (
     CACHE_TEACHER,
@@ -151,8 +152,7 @@ class Orders(Generic[A]):
         self, title: str, teacher: A, model: A, data: A, adapter: A | None = None
     ) -> A:
         """Order the figures of one model on one held-out text."""
-        threads = self.recipe.execution.threads or threads_here()
-        section = as_json(self.recipe.evaluation) | {"hardware": hardware_name(threads)}
+        section = as_json(self.recipe.evaluation) | {"hardware": self._hardware}
         inputs = {"teacher": teacher, "model": model, "data": data}
         inputs |= {"adapter": adapter} if adapter else {}
         return self._order(EVALUATE_MODEL, title, section, inputs, self._layout)
@@ -171,6 +171,14 @@ class Orders(Generic[A]):
         inputs = {trial.name: artifact for trial, artifact in trials.items()}
         section = as_json(search, "projection", "structure_aware", "workers")
         return self._order(FIT_DIMENSION, "fit dimension", section, inputs)
+
+    @property
+    def _hardware(self) -> str:
+        """What speeds are measured on: they are compared with those of the same alone."""
+        execution = self.recipe.execution
+        if execution.over == "workers":
+            return class_of_workers(execution.deployment, execution.threads)
+        return hardware_name(execution.threads or threads_here())
 
     @property
     def _layout(self) -> dict[str, Any]:

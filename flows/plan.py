@@ -11,6 +11,7 @@ from flows.road import walk
 from flows.shape import Shape, model_shape
 from stillroom.config import Model, Recipe, Text
 from stillroom.errors import SourceError, StillroomError
+from tasks.errand import ELSEWHERE
 from tasks.reach import require_within_reach
 from tasks.settings import Settings
 from tasks.sources import Source, place_of, resolve_model, resolve_text
@@ -144,6 +145,9 @@ def planned_keys(recipe: Recipe, resolve: Resolve) -> list[str]:
 def print_plan(recipe: Recipe, stages: list[PlannedStage]) -> Iterator[str]:
     """Yield the plan as lines of text."""
     yield from print_stages(stages)
+    if recipe.execution.over == "workers":
+        sent = [stage.order.title for stage in stages if stage.order.stage in ELSEWHERE]
+        yield f"on workers of {recipe.execution.deployment}: {', '.join(sent)}"
     yield "then: check the gates, write the report, " + _publication(recipe)
     yield print_total(stages)
 

@@ -4,6 +4,7 @@ from pydantic import BaseModel, ConfigDict
 
 from stillroom.errors import StageError
 from stillroom.progress import Progress
+from tasks.errand import find_inputs
 from tasks.run_child import scratch_folder
 from tasks.settings import Settings
 from tasks.stages import Order
@@ -40,14 +41,16 @@ def work_share(share: Share, progress: Progress) -> None:
     store = open_store(settings.store_url)
     order = share.order
     with scratch_folder(settings.scratch_root) as folder, store.lease(order.key):
+        kinds = {role: record.kind for role, record in share.records.items()}
+        # Whoever reaches the server's API can order a share: what is sent is looked up here.
+        records = find_inputs(store, order, kinds)
         inputs = {
-            role: store.fetch(record, folder / "inputs" / role)
-            for role, record in share.records.items()
+            role: store.fetch(record, folder / "inputs" / role) for role, record in records.items()
         }
         bench = Bench(
             order=order,
             inputs=inputs,
-            records=share.records,
+            records=records,
             scratch=folder,
             output=folder,
             checkpoints=store.checkpoints(order.key),

@@ -21,11 +21,13 @@ class ShownProgress:
     def __init__(self, title: str, logger: "logging.Logger | logging.LoggerAdapter[Any]") -> None:
         self.title = title
         self.logger = logger
-        self.started = time.monotonic()
+        self.begun: tuple[float, int] | None = None
+        """When the first word of it came, and how much was done by then: what a resumed stage finds
+        done, or waits for a worker, says nothing of its speed."""
         self.artifact: UUID | None = None
         self.bar: tqdm[Any] | None = None
         self.unit = ""
-        self.sent = self.logged = self.started
+        self.sent = self.logged = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -46,6 +48,8 @@ class ShownProgress:
         if sys.stderr.isatty():
             self._draw(done, total, unit, note)
         now = time.monotonic()
+        if self.begun is None:
+            self.begun = (now, done)
         if now - self.logged >= LOG_SECONDS:
             self.logged = now
             self.logger.info("%s", self._line(done, total, unit, note))
@@ -71,9 +75,11 @@ class ShownProgress:
         self.bar.update(done - self.bar.n)
 
     def _line(self, done: int, total: int, unit: str, note: str) -> str:
-        spent = time.monotonic() - self.started
-        left = spent / max(done, 1) * (total - done)
-        text = f"{self.title}: {done} of {total} {unit}, about {left:.0f} s left"
+        text = f"{self.title}: {done} of {total} {unit}"
+        since, before = self.begun or (0.0, done)
+        if done > before:
+            left = (time.monotonic() - since) / (done - before) * (total - done)
+            text += f", about {left:.0f} s left"
         return f"{text}; {note}" if note else text
 
     def _send(self, percent: float) -> None:

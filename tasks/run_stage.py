@@ -17,24 +17,30 @@ from tasks.settings import Settings
 from tasks.stages import Order
 from tasks.store.record import Record
 from tasks.store.store import open_store
+from tasks.workers import Workers
 
 
 # The store is the only cache: two would disagree after a clean-up.
 @task(name="stage", task_run_name="{order.title}", cache_policy=NO_CACHE, persist_result=False)
 def run_stage(
-    order: Order, records: Mapping[str, Record], threads: int, journal: Journal
+    order: Order,
+    records: Mapping[str, Record],
+    threads: int,
+    journal: Journal,
+    workers: Workers,
 ) -> "State[Record]":
     """Return the record of the order's artifact; the state is named Cached where it was there.
 
+    It is made in a process of this machine, or where `workers` take it.
+
     An error that the user can act on becomes a Failed state with its sentence, not a traceback.
     """
-    settings = Settings()
     try:
-        record = open_store(settings.store_url).find(order.kind, order.key)
+        record = open_store(Settings().store_url).find(order.kind, order.key)
         cached = record is not None
         if record is None:
             journal.log_cached()  # before what may take hours
-            record = _make(order, records, threads, settings)
+            record = _make(order, records, threads, workers)
         journal.log_stage(order, record, cached=cached)
     except Exception as error:
         explained = explain(error, order.title)
@@ -48,11 +54,14 @@ def run_stage(
     return Completed(message=f"made {order.kind} {order.key[:12]}", data=record)
 
 
-def _make(order: Order, records: Mapping[str, Record], threads: int, settings: Settings) -> Record:
+def _make(order: Order, records: Mapping[str, Record], threads: int, workers: Workers) -> Record:
+    settings = Settings()
     request = Request(
         order=order, records=dict(records), store_url=settings.store_url, threads=threads
     )
     with ShownProgress(order.title, get_run_logger()) as progress:
+        if workers.take(order):
+            return workers.make(order, records, progress)
         return run_child(request, settings.scratch_root, progress)
 
 

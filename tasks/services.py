@@ -17,6 +17,7 @@ import httpx
 
 from stillroom.errors import ServiceUnreachableError, StillroomError
 from tasks.automations import create_automations
+from tasks.gpu_workers import gpu_workers
 from tasks.settings import QUIET_SERVICES, Settings, is_of
 
 ROOT = Path(__file__).parents[1]
@@ -50,14 +51,20 @@ def _start_all(settings: Settings, say: Callable[[str], None]) -> dict[str, str]
     ports = {name: _port(name, default) for name, default in (("PREFECT", 4200), ("MLFLOW", 5000))}
     if ports["PREFECT"] == ports["MLFLOW"]:
         raise StillroomError(f"Prefect and MLflow cannot both have port {ports['MLFLOW']}")
+    on_gpus = gpu_workers(settings.gpus)
     running = _Running(settings, ports)
     try:
         say("waiting for the servers (their first start takes about 40 s)")
         running.start_servers()
         register(running.services["prefect"], running.environment)
         say(f"registered the deployments and the work pools {CPU_POOL} and {GPU_POOL}")
+        # Stopped after the worker whose flows wait for them.
+        for each in on_gpus:
+            running.start(each.name, *each.module(GPU_POOL), variables=each.environment)
         running.start("worker", "prefect", "worker", "start", "--pool", CPU_POOL, "--type=process")
-        running.await_worker()
+        running.await_workers("worker", CPU_POOL, 1)
+        for i, each in enumerate(on_gpus):
+            running.await_workers(each.name, GPU_POOL, i + 1)
         running.note(ready=True)
     except BaseException:
         stop_services(settings, say)
@@ -99,7 +106,7 @@ class _Running:
         part.write_text(json.dumps(listed))
         part.replace(self.settings.services_file)
 
-    def start(self, name: str, *module: str) -> None:
+    def start(self, name: str, *module: str, variables: dict[str, str] | None = None) -> None:
         """Start a Python module as a server of its own process group."""
         with (self.logs / f"{name}.log").open("ab") as output:
             process = subprocess.Popen(
@@ -107,7 +114,7 @@ class _Running:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=self.environment,
+                env=self.environment | (variables or {}),
                 cwd=ROOT,
                 start_new_session=True,
             )
@@ -131,11 +138,11 @@ class _Running:
         self._await("prefect", lambda: _answers(f"{self.services['prefect']}/health"))
         self._await("mlflow", lambda: _answers(f"{self.services['mlflow']}/health"))
 
-    def await_worker(self) -> None:
-        """Wait until the worker has called at its pool."""
-        url = f"{self.services['prefect']}/work_pools/{CPU_POOL}/workers/filter"
+    def await_workers(self, name: str, pool: str, number: int) -> None:
+        """Wait until so many workers, this one the last of them, have called at their pool."""
+        url = f"{self.services['prefect']}/work_pools/{pool}/workers/filter"
         online = {"workers": {"status": {"any_": ["ONLINE"]}}}
-        self._await("worker", lambda: bool(_ask("POST", url, online).json()))
+        self._await(name, lambda: len(_ask("POST", url, online).json()) >= number)
 
     def _await(self, name: str, is_up: Callable[[], bool]) -> None:
         deadline = time.monotonic() + START_SECONDS

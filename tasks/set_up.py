@@ -48,7 +48,7 @@ def _set_up(settings: Settings) -> None:
 def _make_bucket(bucket: str) -> None:
     from botocore.exceptions import BotoCoreError, ClientError
 
-    from tasks.store.s3 import explain, s3_client
+    from tasks.store.s3_client import explain, s3_client
 
     client = s3_client()
     try:

@@ -36,6 +36,8 @@ class Settings(BaseSettings):
     """Places such as s3://bucket/prefix, with spaces between, below which they read too."""
     allow_remote_code: bool = False
     """Whether such recipes may have a model's own code run: `teacher.trust_remote_code`."""
+    gpus: str = ""
+    """GPUs that `make up` starts a worker for each, such as 0,1; cpu: a worker without a GPU."""
     scratch: Path | None = None
     """Folder for work in progress; absent: scratch in home."""
 

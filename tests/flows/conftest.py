@@ -114,6 +114,7 @@ def house(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> Iterator[Hou
     """Everything that `make up` starts, and a small recipe in its folder."""
     terminal = open_house(tmp_path_factory.mktemp("house"))
     terminal.variables["STILLROOM_DATA_ROOTS"] = f"/nowhere:{parts}"
+    terminal.variables["STILLROOM_GPUS"] = "cpu"
     terminal.write(small_recipe(RECIPE, parts))
     try:
         yield start(terminal)

@@ -13,6 +13,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import ask_teacher
 from stillroom.errors import StageError
+from tasks import elsewhere
 from tasks.cache_share import Share
 from tasks.stages import CACHE_TEACHER, Order
 from tasks.store.record import Record
@@ -63,8 +64,8 @@ def test_a_deployment_that_is_not_there(
 
 
 def test_runs_that_no_worker_takes(prefect_api: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ask_teacher, "UNTAKEN_SECONDS", 1.0)
-    monkeypatch.setattr(ask_teacher, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(elsewhere, "UNTAKEN_SECONDS", 1.0)
+    monkeypatch.setattr(elsewhere, "POLL_SECONDS", 0.2)
     order = Order(title=CACHE, stage=CACHE_TEACHER, section={}, seed=0)
     share = Share(order=order, records={}, run="one", threads=1)
     with temporary_settings({PREFECT_API_URL: prefect_api}), get_client(sync_client=True) as client:

@@ -123,6 +123,28 @@ def test_how_a_student_is_trained_changes_no_key(place: Path, change: dict[str, 
     assert keys(planned(place, dealt, change)) == keys(planned(place, dealt))
 
 
+def test_workers_measure_speeds_of_their_own(place: Path) -> None:
+    workers = {"execution": {"over": "workers"}}
+    measured = {"evaluate teacher", "evaluate student", "evaluate quantized student"}
+    assert changed(place, workers) == measured
+    others = {"execution": {"over": "workers", "deployment": "make-stage/big"}}
+    before, after = keys(planned(place, workers)), keys(planned(place, others))
+    assert {title for title in before if before[title] != after[title]} == measured
+
+
+def test_the_plan_says_what_workers_make(place: Path) -> None:
+    recipe = validate(merged(RECIPE, {"execution": {"over": "workers"}}), "test")
+    lines = list(print_plan(recipe, plan(recipe, open_store(str(place)))))
+    (line,) = [line for line in lines if line.startswith("on workers of make-stage/make-stage: ")]
+    sent = line.partition(": ")[2].split(", ")
+    assert sent == [
+        "cache teacher",
+        "distil student",
+        "quantize",
+        *(f"evaluate {model}" for model in ("teacher", "student", "quantized student")),
+    ]
+
+
 def test_another_text_at_the_same_place_is_noticed(place: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     source = {"data": {"train": {"source": str(text)}}}

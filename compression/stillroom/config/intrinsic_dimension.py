@@ -33,8 +33,8 @@ class DimensionSearch(Section):
     structure_aware: bool = False
     """Spend one dimension a layer on the layer's scale (SAID); else all are directions (DID)."""
     workers: Annotated[int, Field(ge=1, le=64)] = 1
-    """Trials that run side by side, each with a share of the threads; their number changes nothing
-    of what comes of it as long as that share is the same."""
+    """Trials that run side by side, each with a share of the threads, or all threads of another
+    machine; their number changes nothing of what comes of it as long as that share is the same."""
 
 
 class IntrinsicDimension(Section):

@@ -144,6 +144,13 @@ class Execution(Section):
 
     device: Literal["cpu", "cuda"] = "cpu"
     """What the models are computed on; a machine without it refuses the recipe."""
+    over: Literal["here", "workers"] = "here"
+    """Where stages that compute with a model run: in the flow's process tree; or on workers, as
+    runs of a Prefect deployment, which its work pool places. They need the same STILLROOM_STORE;
+    models and texts are fetched and prepared where the flow runs."""
+    deployment: Annotated[str, Field(pattern=r"^[^/]+/[^/]+$")] = "make-stage/make-stage"
+    """The deployment that `over: workers` runs, as flow/deployment; its workers are machines of one
+    class: speeds that they measured are compared."""
     teacher_device_map: Literal["auto"] | None = None
     """auto: a teacher that one GPU cannot hold lies over all of them, then memory, then the disk,
     where it is asked and measured (accelerate's device map)."""

@@ -1,0 +1,29 @@
+"""Make one stage on a worker: what flows with `execution.over: workers` order of a GPU pool.
+
+The worker reads its own environment: STILLROOM_STORE above all, which must be the store of whoever
+ordered. MLflow it does not need: the ordering flow writes down what came of it.
+"""
+
+from prefect import flow, get_run_logger
+from prefect.client.schemas.objects import State
+from prefect.runtime import deployment, flow_run
+from prefect.states import Completed, Failed
+
+from tasks.errand import Errand, do_errand
+from tasks.explain import explain
+from tasks.progress import ShownProgress
+
+
+@flow(name="make-stage", flow_run_name="{errand.order.title}", persist_result=False)
+def make_stage(errand: Errand) -> "State[None]":
+    """Make one stage of a recipe, from artifacts that are in the store."""
+    title = errand.order.title
+    try:
+        with ShownProgress(title, get_run_logger()) as progress:
+            done = do_errand(errand, f"{flow_run.flow_name}/{deployment.name}", progress)
+    except Exception as error:
+        explained = explain(error, title)
+        if explained is None:
+            raise
+        return Failed(message=str(explained))
+    return Completed(message=done)
