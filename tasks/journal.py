@@ -5,11 +5,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from prefect import get_run_logger
+from prefect.exceptions import Pause
 from prefect.runtime import flow_run
 
 from stillroom.config import IntrinsicDimension, Recipe
@@ -17,6 +19,7 @@ from stillroom.errors import ServiceUnreachableError, StillroomError
 from stillroom.evaluation.report_data import LineageEntry
 from tasks.settings import Settings
 from tasks.stages import Order
+from tasks.store.lease import leave_lease, take_lease
 from tasks.store.record import Record
 from tasks.store.store import ArtifactStore, open_store
 from tasks.tracking import (
@@ -29,6 +32,7 @@ from tasks.tracking import (
     log_file,
     log_stage,
     run_link,
+    suspend_parent_run,
 )
 from tasks.training_curves import read_curves
 
@@ -48,6 +52,7 @@ class Journal:
     figures: dict[str, float] = field(default_factory=dict)
     _cached: "list[Future[str]]" = field(default_factory=list)
     """Cached stages that may not be written down yet."""
+    _waits_until: datetime | None = None
     _pool: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,6 +91,11 @@ class Journal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, Pause):  # Prefect will begin the flow run anew
+            self._tell_of(error, self._suspend)
+            return
+        if not self.parent.is_new:
+            take_lease(self.store.backend, self.parent.flow_run_id)
         if error is not None:
             self._tell_of(error, self._fail)
             return
@@ -95,6 +105,16 @@ class Journal:
             self._tell_of(unwritten, self._fail)
             raise
         end_parent_run(self.client, self.parent, "FINISHED", metrics=self.figures)
+
+    def wait_until(self, moment: datetime) -> None:
+        """Have clean-ups spare the stages of a run that will be suspended until a moment."""
+        self._waits_until = moment
+        keys = [entry.key for entry in self.lineage]
+        leave_lease(self.store.backend, self.parent.flow_run_id, keys, moment)
+
+    def _suspend(self) -> None:
+        self.log_cached()
+        suspend_parent_run(self.client, self.parent, self._waits_until)
 
     def _fail(self) -> None:
         try:

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 from urllib.parse import unquote
@@ -29,6 +30,8 @@ TAG_KEY = "stillroom.artifact_key"
 TAG_KIND = "stillroom.kind"
 TAG_CACHED = "stillroom.cached"
 TAG_ERROR = "stillroom.error"
+TAG_STATE = "stillroom.state"
+TAG_WAITS_UNTIL = "stillroom.waits_until"
 TAG_COMMIT = "mlflow.source.git.commit"
 TAG_PARENT = "mlflow.parentRunId"
 
@@ -142,6 +145,8 @@ def begin_parent_run(
         found = _find_run(client, experiment_id, parent_tags)
         if found is not None:
             client.update_run(found.info.run_id, RunStatus.to_string(RunStatus.RUNNING))
+            for tag in {TAG_STATE, TAG_WAITS_UNTIL} & set(found.data.tags):
+                client.delete_tag(found.info.run_id, tag)
             return ParentRun(found.info.run_id, experiment_id, flow_run_id, git_commit)
         all_tags = {**_clean_tags(tags or {}), **parent_tags, **_commit_tag(git_commit)}
         run = client.create_run(experiment_id, run_name=name, tags=all_tags)
@@ -200,6 +205,16 @@ def end_parent_run(
         if metrics or tags:
             log_batches(client, parent.run_id, {}, metrics or {}, (), _clean_tags(tags or {}))
         client.set_terminated(parent.run_id, status)
+
+
+def suspend_parent_run(client: Any, parent: ParentRun, until: datetime | None) -> None:
+    """Say of the run of a suspended flow run that it is to go on, and until when it waits."""
+    tags = {TAG_STATE: "suspended"}
+    if until is not None:
+        tags[TAG_WAITS_UNTIL] = until.isoformat(timespec="seconds")
+    with reaching(client.tracking_uri):
+        log_batches(client, parent.run_id, {}, {}, (), tags)
+        client.update_run(parent.run_id, "SCHEDULED")
 
 
 def log_file(client: Any, run_id: str, path: Path) -> None:

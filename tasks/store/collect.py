@@ -11,7 +11,7 @@ from typing import Literal
 
 from stillroom.errors import CorruptedError
 from tasks.store.backend import Entry
-from tasks.store.lease import read_leases
+from tasks.store.lease import LeaseNote, read_leases
 from tasks.store.partial import partial_keys
 from tasks.store.record import Record, blob_name
 from tasks.store.store import ArtifactStore
@@ -94,7 +94,7 @@ def plan_collection(
             needed |= _blobs_of([record])
     return CollectionPlan(
         artifacts=tuple(doomed),
-        blobs=_loose_blobs(store, needed, youngest, bool(live), tally),
+        blobs=_loose_blobs(store, needed, youngest, _at_work(live.values()), tally),
         partials=_stale_partials(store, leased, youngest, tally),
         drafts=tuple(entry for entry in store.backend.drafts() if entry.modified <= youngest),
         leases=tuple(sorted(set(notes) - set(live))),
@@ -112,7 +112,7 @@ def collect(store: ArtifactStore, plan: CollectionPlan, now: datetime) -> int:
             store.forget(record)
     freed = 0
     # Whoever began to work since may count on a blob that no manifest names yet.
-    if not live:
+    if not _at_work(live):
         needed = _blobs_of(record for _, record in _manifests(store))
         for entry in plan.blobs:
             if entry.name not in needed:
@@ -128,6 +128,10 @@ def collect(store: ArtifactStore, plan: CollectionPlan, now: datetime) -> int:
     for name in plan.leases:
         backend.delete(name)
     return freed
+
+
+def _at_work(live: Iterable[LeaseNote]) -> bool:
+    return any(not note.waits for note in live)
 
 
 def _reason(key: str, recent: bool, registered: set[str], leased: set[str]) -> Reason | None:

@@ -25,6 +25,8 @@ class LeaseNote(BaseModel):
 
     keys: tuple[str, ...]
     expires: AwareDatetime
+    waits: bool = False
+    """Nobody works under it: its keys are needed again, and no blob is being written."""
 
 
 class Lease:
@@ -56,11 +58,7 @@ class Lease:
         """Stop renewing, and remove the lease."""
         self._released.set()
         self._heart.join()
-        try:
-            self.backend.delete(self.name)
-        except StoreError as error:
-            # The work is done; the lease only delays a clean-up until it expires by itself.
-            _log.warning("the lease %s stays until it expires: %s", self.name, error)
+        _remove(self.backend, self.name)
 
     def _write(self) -> None:
         with self._lock:
@@ -86,6 +84,17 @@ def held(lease: Lease) -> Iterator[Lease]:
         lease.release()
 
 
+def leave_lease(backend: Backend, name: str, keys: Iterable[str], until: datetime) -> None:
+    """Claim keys for someone who is to come back by a moment, and works on nothing meanwhile."""
+    note = LeaseNote(keys=tuple(sorted(set(keys))), expires=until, waits=True)
+    backend.replace(_left(name), note.model_dump_json().encode())
+
+
+def take_lease(backend: Backend, name: str) -> None:
+    """Remove a lease that was left, if there is one: who left it has come back."""
+    _remove(backend, _left(name))
+
+
 def read_leases(backend: Backend) -> dict[str, LeaseNote]:
     """Return every lease by its name; one that cannot be read counts as held for ever."""
     notes = {}
@@ -99,3 +108,15 @@ def read_leases(backend: Backend) -> dict[str, LeaseNote]:
             _log.warning("the lease %s cannot be read; delete it if nobody works", entry.name)
             notes[entry.name] = LeaseNote(keys=(), expires=datetime.max.replace(tzinfo=UTC))
     return notes
+
+
+def _left(name: str) -> str:
+    return f"leases/left-{name}.json"
+
+
+def _remove(backend: Backend, name: str) -> None:
+    try:
+        backend.delete(name)
+    except StoreError as error:
+        # The work is done; the lease only delays a clean-up until it expires by itself.
+        _log.warning("the lease %s stays until it expires: %s", name, error)

@@ -1,13 +1,17 @@
 """What a flow run writes down of its stages, and when."""
 
 import logging
+from datetime import UTC, datetime
 
 import pytest
+from prefect.exceptions import Pause
 
 from stillroom.errors import StageError
 from tasks.journal import Journal
 from tasks.stages import IMPORT_MODEL, Order
+from tasks.store.lease import read_leases
 from tasks.store.store import open_store
+from tasks.tracking import begin_parent_run
 from tests.registering import Place
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")  # SQLAlchemy, through MLflow
@@ -70,6 +74,32 @@ def test_a_failure_writes_down_what_is_left_too(journal: Journal, place: Place) 
         raise StageError("c failed")
     assert written(place) == "ab"
     assert place.client.get_run(place.parent.run_id).info.status == "FAILED"
+
+
+def test_a_suspended_run_is_to_go_on(journal: Journal, place: Place) -> None:
+    pass_stages(journal, place, "ab", cached=True)
+    until = datetime(2100, 1, 2, tzinfo=UTC)
+    journal.wait_until(until)
+    with pytest.raises(Pause), journal:
+        raise Pause
+    assert written(place) == "ab"
+    run = place.client.get_run(place.parent.run_id)
+    assert run.info.status == "SCHEDULED"
+    assert run.data.tags["stillroom.state"] == "suspended"
+    assert run.data.tags["stillroom.waits_until"] == until.isoformat()
+    (left,) = read_leases(journal.store.backend).values()
+    assert left.keys == tuple(sorted(entry.key for entry in journal.lineage))
+    assert left.expires == until
+
+    experiment, flow = place.parent.experiment_id, place.parent.flow_run_id
+    again = begin_parent_run(place.client, experiment, flow_run_id=flow, name="tiny", recipe={})
+    assert again.run_id == place.parent.run_id
+    with Journal(place.client, again, journal.store):
+        running = place.client.get_run(again.run_id)
+        assert running.info.status == "RUNNING"
+        assert not {"stillroom.state", "stillroom.waits_until"} & set(running.data.tags)
+    assert read_leases(journal.store.backend) == {}
+    assert place.client.get_run(again.run_id).info.status == "FINISHED"
 
 
 def test_what_cannot_be_written_down_fails_the_run(

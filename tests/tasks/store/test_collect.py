@@ -7,7 +7,7 @@ import pytest
 
 from stillroom.errors import CorruptedError, ServiceUnreachableError
 from tasks.store.collect import CollectionPlan, collect, plan_collection
-from tasks.store.lease import Lease
+from tasks.store.lease import Lease, leave_lease, take_lease
 from tasks.store.record import Record
 from tasks.store.store import ArtifactStore
 from tests.tasks.store.making import KEY, OTHER_KEY, add, read_files, write_files
@@ -103,6 +103,25 @@ def test_the_lease_of_a_killed_process_expires(
     assert len(planned.artifacts) == 2
     assert planned.leases == (lease.name,)
     lease.release()
+
+
+def test_who_waits_keeps_its_artifacts_and_no_loose_blob(
+    store: ArtifactStore, pair: tuple[Record, Record]
+) -> None:
+    leave_lease(store.backend, "run", [KEY], later() + timedelta(days=1))
+    planned = plan(store)
+    assert [record.key for record in planned.artifacts] == [OTHER_KEY]
+    assert len(planned.blobs) == 1
+    assert collect(store, planned, later()) > 0
+    assert [record.key for record in store.records()] == [KEY]
+    assert list(store.verify()) == []
+    store.backend.replace("leases/unread.json", b"{")
+    assert plan(store).blobs == ()  # whoever wrote that may be at work
+    store.backend.delete("leases/unread.json")
+
+    take_lease(store.backend, "run")
+    take_lease(store.backend, "run")  # twice: there is nothing left to take
+    assert [record.key for record in plan(store).artifacts] == [KEY]
 
 
 def test_a_lease_that_cannot_be_read_holds(
