@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flows.approve import add_approve_command
 from stillroom.errors import RecipeError, StillroomError
 from tasks.store.commands import add_store_commands, run_store_command
 
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     schema.add_argument("of", nargs="?", choices=["compress", DIMENSION], default="compress")
     schema.set_defaults(run=_schema)
 
+    add_approve_command(commands)
     add_store_commands(commands)
 
     up = commands.add_parser("up", help="start Prefect, MLflow and a worker on loopback")
@@ -105,7 +107,7 @@ def _run(recipe: Any) -> int:
     outcome = state.result(raise_on_failure=False)
     for line in _account(outcome, settings):
         print(line)
-    return 0 if outcome.gates_passed else REFUSED
+    return 0 if outcome.gates_passed and outcome.approval != "refused" else REFUSED
 
 
 def _measure_dimension(options: argparse.Namespace) -> int:
@@ -151,6 +153,8 @@ def _require_server(execution: Any) -> None:
 def _account(outcome: Any, settings: Any) -> list[str]:
     lines = ["", outcome.table, "", *outcome.gates, "", outcome.summary]
     lines += [f"  load it: mlflow.pyfunc.load_model({uri!r})" for uri in outcome.versions]
+    if outcome.to_approve:
+        lines.append(f"  approve it: python -m flows approve {outcome.to_approve}")
     lines += [f"report: {outcome.report}", f"MLflow: {outcome.mlflow}"]
     if not settings.services():
         lines.append("both UIs on what this made: `make up` (Prefect on 4200, MLflow on 5000)")

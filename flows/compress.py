@@ -1,6 +1,8 @@
 """Make a small model from a large one: the main flow, read from top to bottom."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from prefect import flow
@@ -11,19 +13,20 @@ from flows.ask_teacher import ask_elsewhere
 from flows.orders import Orders
 from flows.plan import planned_keys, resolver
 from flows.road import BASE_TEXT, Made, Measured, walk
-from stillroom.config import Recipe
+from stillroom.config import Publish, Recipe
 from stillroom.errors import StageError, StillroomError
 from stillroom.hardware import threads_here
 from tasks.explain import explain
 from tasks.journal import Journal
 from tasks.judge import Candidate, judge_candidate
 from tasks.outcome import Outcome
-from tasks.publish import current_champion, register_models
+from tasks.publish import Publication, current_champion, register_models, settle_publication
 from tasks.registry import Registered
 from tasks.report import Role, Shown, write_report
 from tasks.run_stage import run_stage
 from tasks.stages import Order
 from tasks.store.record import Record
+from tasks.suspension import can_suspend, given_answer, suspend
 from tasks.workers import Workers
 
 
@@ -32,7 +35,7 @@ def compress(recipe: Recipe) -> "State[Outcome]":
     """Make a small model from a large one, measure it, gate it and register it.
 
     Every stage whose artifact is in the store already is Cached, and one that a crash interrupted
-    goes on from its last checkpoint.
+    goes on from its last checkpoint. So does a run that was suspended until someone approved.
     """
     try:
         outcome = make(recipe)
@@ -41,7 +44,7 @@ def compress(recipe: Recipe) -> "State[Outcome]":
         if explained is None:
             raise
         return Failed(message=str(explained))
-    if not outcome.gates_passed:
+    if not outcome.gates_passed or outcome.approval == "refused":
         return Failed(name="Refused", message=outcome.summary, data=outcome)
     return Completed(message=outcome.summary, data=outcome)
 
@@ -63,8 +66,35 @@ def make(recipe: Recipe) -> Outcome:
             journal,
         )
         bases = made.bases(recipe.publish.name) if recipe.publish else {}
-        versions = register_models(recipe, bases, made.adapters, gates, champion, journal)
-        return write_report(recipe, _shown(made), gates, versions, journal)
+        published = register_models(recipe, bases, made.adapters, gates, champion, journal)
+        report = partial(write_report, recipe, _shown(made), gates, journal=journal)
+        if recipe.publish and published.question and not published.answer:
+            published = await_approval(recipe.publish, published, report, journal)
+        return report(published)
+
+
+def await_approval(
+    publish: Publish,
+    published: Publication,
+    report: Callable[[Publication], Outcome],
+    journal: Journal,
+) -> Publication:
+    """Return what is published once someone has answered, or as it is where none can be asked here.
+
+    Raises:
+        Pause: the flow run is suspended; it begins anew when it is resumed with the answer.
+    """
+    question = published.question
+    assert question is not None
+    if not can_suspend():
+        return published
+    answer = given_answer(question)
+    if answer is None:
+        wait = timedelta(hours=publish.approval_timeout_hours)
+        page = report(published).page
+        journal.wait_until(datetime.now(UTC) + wait)
+        suspend(question, page, wait)
+    return settle_publication(published, answer, journal)
 
 
 def evaluate_champion(

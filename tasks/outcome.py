@@ -1,6 +1,9 @@
 """What a compress flow hands back: small, and enough to say where everything is."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Approval = Literal["not asked", "pending", "approved", "refused"]
 
 
 @dataclass(frozen=True)
@@ -14,3 +17,8 @@ class Outcome:
     versions: tuple[str, ...]
     report: str
     mlflow: str
+    page: str = ""
+    """Table and gates as Markdown."""
+    approval: Approval = "not asked"
+    to_approve: str = ""
+    """Reference that `python -m flows approve` takes where the answer is pending or refused."""

@@ -1,6 +1,7 @@
-"""Register the result in MLflow, and move the alias if every gate passed."""
+"""Register the result in MLflow, and move the alias if every gate passed and nobody is asked."""
 
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prefect import get_run_logger, task
@@ -9,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from stillroom.config import IntrinsicDimension, Recipe
 from stillroom.contents import Task
 from stillroom.evaluation.gates import GateResult
+from tasks.approval import Answer, Question, ask, question_of, settle
 from tasks.explain import plainly
 from tasks.journal import Journal
 from tasks.registry import (
@@ -24,6 +26,18 @@ from tasks.registry import (
 from tasks.store.record import Record
 
 
+@dataclass(frozen=True)
+class Publication:
+    """What was registered; where someone is asked first: the question, and the answer once there.
+
+    Without a question the alias is where the gates say.
+    """
+
+    versions: tuple[Registered, ...] = ()
+    question: Question | None = None
+    answer: Answer | None = None
+
+
 @task(name="register", task_run_name="register", cache_policy=NO_CACHE, persist_result=False)
 @plainly
 def register_models(
@@ -33,10 +47,11 @@ def register_models(
     gates: list[GateResult],
     compared_with: Registered | None,
     journal: Journal,
-) -> list[Registered]:
-    """Register the bases and each adapter as models of their own; return their versions.
+) -> Publication:
+    """Register the bases and each adapter as models of their own.
 
-    `bases` come by their full names, the one that the adapters sit on first.
+    `bases` come by their full names, the one that the adapters sit on first. A question that was
+    answered before is not asked again.
 
     Raises:
         MismatchError: another champion came while this one was being judged.
@@ -44,7 +59,7 @@ def register_models(
     """
     publish = recipe.publish
     if publish is None:
-        return []
+        return Publication()
     client, failed = journal.client, [gate.name for gate in gates if not gate.passed]
     rivals = {publish.name: compared_with}
     own = {f"{publish.name}-{name}": adapter for name, adapter in adapters.items()}
@@ -55,12 +70,35 @@ def register_models(
         registered.append(_register(name, record, recipe.task, sits_on, journal))
     for version in registered:
         tag_gates(client, version, failed)
-        if not failed:
+    question, answer = None, None
+    if publish.approval and not failed:
+        moves = [(version, rivals[version.name]) for version in registered]
+        question = question_of(client, publish.alias, moves, journal.parent.run_id)
+        answer = ask(client, question) if question else None
+        if question and answer:
+            settle(client, question, answer)
+    elif not failed:
+        for version in registered:
             move_alias(client, version, publish.alias, rivals[version.name])
     logger = get_run_logger()
     for version in registered:
         logger.info("%s %s", version.uri, "registered" if version.created else "was there already")
-    return registered
+    return Publication(tuple(registered), question, answer)
+
+
+@task(name="approve", task_run_name="approve", cache_policy=NO_CACHE, persist_result=False)
+@plainly
+def settle_publication(publication: Publication, answer: Answer, journal: Journal) -> Publication:
+    """Record the answer, and move the alias if it approves.
+
+    Raises:
+        MismatchError: another champion came since the comparison.
+        ServiceUnreachableError: MLflow stopped answering; a rerun goes on.
+    """
+    assert publication.question is not None
+    settle(journal.client, publication.question, answer)
+    get_run_logger().info("%s It was %s", publication.question.sentence, answer.sentence)
+    return replace(publication, answer=answer)
 
 
 @task(name="register", task_run_name="register", cache_policy=NO_CACHE, persist_result=False)

@@ -23,6 +23,7 @@ TAG_BASE_KEY = "stillroom.base_key"
 TAG_BASE = "stillroom.base"
 TAG_CONTENT = "stillroom.content_sha256"
 TAG_GATES = "stillroom.gates"
+TAG_GATES_FAILED = "stillroom.gates_failed"
 TAG_LICENCE = "stillroom.licence"
 TAG_TASK = "stillroom.task"
 
@@ -100,7 +101,7 @@ def tag_gates(client: Any, registered: Registered, failed: list[str]) -> None:
     """Write on a version whether its gates passed, and which failed."""
     verdict = {TAG_GATES: "failed" if failed else "passed"}
     if failed:
-        verdict["stillroom.gates_failed"] = ", ".join(failed)[:5000]
+        verdict[TAG_GATES_FAILED] = ", ".join(failed)[:5000]
     with reaching(client.tracking_uri):
         for name, value in verdict.items():
             client.set_model_version_tag(registered.name, registered.version, name, value)

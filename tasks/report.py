@@ -17,8 +17,8 @@ from stillroom.evaluation.tables import render_markdown, render_table
 from tasks.explain import plainly
 from tasks.figures import Figures, read_figures, read_layers
 from tasks.journal import Journal
-from tasks.outcome import Outcome
-from tasks.registry import Registered
+from tasks.outcome import Approval, Outcome
+from tasks.publish import Publication
 from tasks.settings import Settings
 from tasks.store.record import Record
 from tasks.training_curves import read_curves
@@ -46,27 +46,31 @@ def write_report(
     recipe: Recipe,
     shown: Sequence[Shown],
     gates: list[GateResult],
-    versions: list[Registered],
+    published: Publication,
     journal: Journal,
 ) -> Outcome:
     """Write the report and return where it is and what it says."""
     figures = {row.evaluation.key: read_figures(journal.store, row.evaluation) for row in shown}
-    data = _report_data(recipe, shown, figures, gates, versions, journal)
+    data = _report_data(recipe, shown, figures, gates, published, journal)
     target = Settings().root / "reports" / recipe.name / "report.html"
     _render(data, target)
     journal.log_file(target)
     journal.log_file(target.with_suffix(".json"))
     journal.figures.update(_summary_figures(data))
-    create_markdown_artifact(render_markdown(data), key="report", description=data.summary)
+    page = render_markdown(data)
+    create_markdown_artifact(page, key="report", description=data.summary)
     create_link_artifact(target.as_uri(), link_text="report.html", key="report-page")
     return Outcome(
         summary=data.summary,
         gates_passed=all(gate.passed for gate in gates),
         table=render_table(data),
         gates=tuple(gate.sentence for gate in gates),
-        versions=tuple(version.uri for version in versions),
+        versions=tuple(version.uri for version in published.versions),
         report=str(target),
         mlflow=journal.link,
+        page=page,
+        approval=_approval(published),
+        to_approve=_to_approve(published),
     )
 
 
@@ -75,7 +79,7 @@ def _report_data(
     shown: Sequence[Shown],
     figures: dict[str, Figures],
     gates: list[GateResult],
-    versions: list[Registered],
+    published: Publication,
     journal: Journal,
 ) -> ReportData:
     final = [row for row in shown if row.role == "model"][-1]
@@ -85,7 +89,7 @@ def _report_data(
         title=recipe.name,
         created=max(row.evaluation.created for row in shown).strftime("%Y-%m-%d %H:%M UTC"),
         rows=tuple(_rows(shown, figures)),
-        summary=_summary(recipe, gates, versions),
+        summary=_summary(recipe, gates, published),
         curves=tuple(_curves(made, journal)),
         layer_errors=tuple(_layer_errors(final.model, journal)),
         verdicts=tuple(_verdicts(shown, figures)),
@@ -171,14 +175,37 @@ def _layer_errors(model: Record, journal: Journal) -> list[LayerError]:
     ]
 
 
-def _summary(recipe: Recipe, gates: list[GateResult], versions: list[Registered]) -> str:
+def _summary(recipe: Recipe, gates: list[GateResult], published: Publication) -> str:
     failed = [gate.name for gate in gates if not gate.passed]
-    names = ", ".join(f"{version.name} version {version.version}" for version in versions)
+    names = ", ".join(f"{each.name} version {each.version}" for each in published.versions)
     if recipe.publish is None:
         return "measured, not published: the recipe has no publish section"
     if failed:
         return f"registered {names} without an alias: the gates {', '.join(failed)} failed"
-    return f"registered {names} as @{recipe.publish.alias}: all {len(gates)} gates passed"
+    passed, alias = f"all {len(gates)} gates passed", recipe.publish.alias
+    said = published.answer.sentence if published.answer else ""
+    match _approval(published):
+        case "pending":
+            return f"registered {names}: {passed}, and @{alias} waits for an approval"
+        case "refused":
+            return f"registered {names} without an alias: {passed}; {said}"
+        case "approved":
+            return f"registered {names} as @{alias}: {passed}; {said}"
+        case _:
+            return f"registered {names} as @{alias}: {passed}"
+
+
+def _approval(published: Publication) -> Approval:
+    if published.question is None:
+        return "not asked"
+    if published.answer is None:
+        return "pending"
+    return "approved" if published.answer.approve else "refused"
+
+
+def _to_approve(published: Publication) -> str:
+    asks = published.question is not None and _approval(published) != "approved"
+    return published.question.versions[0] if published.question and asks else ""
 
 
 def _render(data: ReportData, target: Path) -> None:

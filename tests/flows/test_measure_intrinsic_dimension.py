@@ -255,6 +255,7 @@ def test_what_a_trial_depends_on(store: ArtifactStore) -> None:
         ("search.max_dimension=64", "expected more than min_dimension, 64, 64 came"),
         ("search.seeds=2", "search.seeds: Input should be greater than or equal to 3"),
         ("model.fine_tune={}", "model.fine_tune: the model is measured as it is"),
+        ("publish={name: x, approval: true}", "publish.approval: a subspace is registered by"),
         ("subspace.gradient_checkpointing=true", "activations made again would be the base's"),
         ("execution.training_processes=2", "set search.workers to 2"),
         ("data.masked_fraction=0.3", "data.masked_fraction"),

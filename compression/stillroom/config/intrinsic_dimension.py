@@ -80,6 +80,11 @@ class IntrinsicDimension(Section):
                 "subspace.gradient_checkpointing: activations made again would be the base's; set "
                 "it to false, or take fewer batch_rows"
             )
+        if self.publish and self.publish.approval:
+            raise ValueError(
+                "publish.approval: a subspace is registered by what it reaches, and nobody is "
+                "asked; leave it out"
+            )
         if self.execution.training_processes > 1:
             raise ValueError(
                 "execution.training_processes: a trial trains in one process; set "

@@ -137,6 +137,11 @@ class Publish(Section):
     """Name of the registered model; each adapter is registered as name-adapter."""
     alias: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,62}$")] = "champion"
     """Alias that moves to the new version if every gate passes."""
+    approval: bool = False
+    """Whether someone is asked before the alias moves: a deployment's run suspends itself with the
+    table and a form, any other run says which command approves it."""
+    approval_timeout_hours: Annotated[float, Field(gt=0, le=8760)] = 168
+    """Hours that a suspended run waits for the answer before it fails; the version stays."""
 
 
 class Execution(Section):
