@@ -1,6 +1,6 @@
 """Make a small model from a large one: the main flow, read from top to bottom."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from prefect import flow
@@ -8,7 +8,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows.ask_teacher import ask_elsewhere
-from flows.orders import Orders
+from flows.orders import Orders, Resolve
 from flows.plan import planned_keys, resolver
 from flows.road import BASE_TEXT, Made, Measured, walk
 from stillroom.config import Recipe
@@ -33,10 +33,19 @@ def compress(recipe: Recipe) -> "State[Outcome]":
     Every stage whose artifact is in the store already is Cached, and one that a crash interrupted
     goes on from its last checkpoint.
     """
+    return conclude(recipe.name, lambda: make(recipe, resolver()))
+
+
+def conclude(name: str, work: Callable[[], Outcome]) -> "State[Outcome]":
+    """Return the state in which a run ends that does this work.
+
+    Raises:
+        Exception: the work failed by a fault of ours.
+    """
     try:
-        outcome = make(recipe)
+        outcome = work()
     except Exception as error:
-        explained = explain(error, recipe.name)
+        explained = explain(error, name)
         if explained is None:
             raise
         return Failed(message=str(explained))
@@ -45,13 +54,12 @@ def compress(recipe: Recipe) -> "State[Outcome]":
     return Completed(message=outcome.summary, data=outcome)
 
 
-def make(recipe: Recipe) -> Outcome:
+def make(recipe: Recipe, resolve: Resolve) -> Outcome:
     """Walk the road and return what stands at its end.
 
     Raises:
         StillroomError: something failed for a reason that the user can act on.
     """
-    resolve = resolver()
     with Journal.begin(recipe) as journal, journal.store.lease(*planned_keys(recipe, resolve)):
         orders = Orders(recipe, resolve, Runner(recipe, journal))
         made = walk(recipe, orders)

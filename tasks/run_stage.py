@@ -29,6 +29,7 @@ def run_stage(
     An error that the user can act on becomes a Failed state with its sentence, not a traceback.
     """
     settings = Settings()
+    journal.begin_stage(order)
     try:
         record = open_store(settings.store_url).find(order.kind, order.key)
         cached = record is not None

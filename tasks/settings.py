@@ -36,6 +36,8 @@ class Settings(BaseSettings):
     """Places such as s3://bucket/prefix, with spaces between, below which they read too."""
     allow_remote_code: bool = False
     """Whether such recipes may have a model's own code run: `teacher.trust_remote_code`."""
+    recipes: Path = Path(__file__).parents[1] / "deployments" / "recipes"
+    """Folder of the recipes that are ordered by name: files of the operator's own."""
     scratch: Path | None = None
     """Folder for work in progress; absent: scratch in home."""
 
