@@ -71,8 +71,8 @@ def write_failure(
     """
     if flow_run.id is None:
         return
-    page = failure_page(error, explained, finished, unfinished or {})
     try:
+        page = failure_page(error, explained, finished, unfinished or {})
         create_markdown_artifact(page, key=ARTIFACT, description=f"{flow_run.name} failed")
     except Exception as unwritten:
         # What failed first counts: the run ends with that.
