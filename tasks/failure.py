@@ -132,7 +132,11 @@ def _kept(finished: Sequence[LineageEntry], unfinished: Mapping[str, int | None]
         if pieces != 0
     ]
     if finished:
-        lines.append(f"{len(finished)} finished stages, none of which is done again")
+        lines.append(
+            f"{len(finished)} finished stages, none of which is done again"
+            if len(finished) > 1
+            else "1 finished stage, which is not done again"
+        )
     if not lines:
         return "nothing was made yet."
     table = [f"| {each.stage} | {each.key[:12]} | {_how(each)} |" for each in finished]
