@@ -105,9 +105,9 @@ def _run_until(recipe: Any, until: Any) -> int:
 
     # Prefect reads its environment when it is imported.
     os.environ.update(Settings().environment())
-    from flows.make_stage import make_stage
+    from flows.make_part import make_part
 
-    state: Any = make_stage(recipe, until, return_state=True)
+    state: Any = make_part(recipe, until, return_state=True)
     if not state.is_completed():
         raise StillroomError(state.message or f"the run ended as {state.name}")
     outcome = state.result()

@@ -1,5 +1,7 @@
 """What the page about a failed run says."""
 
+import logging
+
 import pytest
 
 from stillroom.errors import (
@@ -14,7 +16,7 @@ from stillroom.errors import (
 )
 from stillroom.evaluation.report_data import LineageEntry
 from tasks.explain import explain
-from tasks.failure import failure_page
+from tasks.failure import failure_page, write_failure
 
 FINISHED = [
     LineageEntry("import teacher", "a" * 64, 3.2, cached=True),
@@ -86,3 +88,28 @@ def test_what_comes_from_elsewhere_is_shown_as_text_and_without_secrets() -> Non
 
 def test_a_run_from_a_terminal_is_typed_again() -> None:
     assert "type the same command" in page(RecipeError("x"))
+
+
+def test_a_page_that_cannot_be_left_does_not_hide_the_failure(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("no\nserver")
+
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "some")
+    monkeypatch.setattr("tasks.failure.create_markdown_artifact", refuse)
+    monkeypatch.setattr("tasks.failure.get_run_logger", logging.getLogger)
+    write_failure(RecipeError("x"), RecipeError("x"))
+    assert caplog.messages == ["Prefect was not told of the failure: no server"]
+
+
+def test_without_a_flow_run_there_is_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[str] = []
+    monkeypatch.setattr(
+        "tasks.failure.create_markdown_artifact", lambda page, **_: left.append(page)
+    )
+    write_failure(RecipeError("x"), RecipeError("x"))
+    assert left == []
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "some")
+    write_failure(RecipeError("x"), RecipeError("x"))
+    assert len(left) == 1

@@ -1,4 +1,4 @@
-"""Each stage alone: what it takes and nothing after it, under the keys of the whole road."""
+"""Each part alone: what it takes and nothing after it, under the keys of the whole road."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Make what one kind of stage of a recipe makes, with all that it takes, and stop there."""
+"""Make a part of what a recipe says, with all that it takes, and stop there."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from tasks.store.record import Record
 
 
 @dataclass(frozen=True)
-class StageOutcome:
+class PartOutcome:
     """The end of a run that makes a part of the road."""
 
     summary: str
@@ -26,8 +26,8 @@ class StageOutcome:
     mlflow: str
 
 
-@flow(name="make-stage", flow_run_name="{recipe.name}, {until}", persist_result=False)
-def make_stage(recipe: Recipe, until: Part) -> "State[StageOutcome]":
+@flow(name="make-part", flow_run_name="{recipe.name}, {until}", persist_result=False)
+def make_part(recipe: Recipe, until: Part) -> "State[PartOutcome]":
     """Make a part of what a recipe says; a run of the whole then finds it Cached.
 
     Args:
@@ -44,7 +44,7 @@ def make_stage(recipe: Recipe, until: Part) -> "State[StageOutcome]":
     return Completed(message=outcome.summary, data=outcome)
 
 
-def make_until(recipe: Recipe, until: Part, resolve: Resolve) -> StageOutcome:
+def make_until(recipe: Recipe, until: Part, resolve: Resolve) -> PartOutcome:
     """Make the part, and return what stands at its end.
 
     Raises:
@@ -61,9 +61,9 @@ def make_until(recipe: Recipe, until: Part, resolve: Resolve) -> StageOutcome:
         return _outcome(until, journal)
 
 
-def _outcome(until: Part, journal: Journal) -> StageOutcome:
+def _outcome(until: Part, journal: Journal) -> PartOutcome:
     new = sum(not entry.cached for entry in journal.lineage)
-    return StageOutcome(
+    return PartOutcome(
         summary=f"all that {until.replace('_', ' ')} takes is made: {new} of "
         f"{len(journal.lineage)} stages now, the others before",
         artifacts=tuple(
