@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.approve import add_approve_command
+from flows.part import PARTS
 from stillroom.errors import RecipeError, StillroomError
 from tasks.store.commands import add_store_commands, run_store_command
 
@@ -38,6 +39,12 @@ def _parser() -> argparse.ArgumentParser:
 
     compress = commands.add_parser("compress", help="make what a recipe says")
     _add_recipe(compress)
+    compress.add_argument(
+        "--until",
+        choices=PARTS,
+        metavar="PART",
+        help=f"make what this part takes and no more: {', '.join(PARTS)}",
+    )
     compress.set_defaults(run=_compress)
 
     dimension = commands.add_parser(
@@ -79,16 +86,34 @@ def _compress(options: argparse.Namespace) -> int:
     from stillroom.config import load_recipe
 
     recipe = load_recipe(options.recipe, options.changes)
-    return _plan(recipe) if options.plan else _run(recipe)
+    if options.plan:
+        return _plan(recipe, options.until)
+    return _run_until(recipe, options.until) if options.until else _run(recipe)
 
 
-def _plan(recipe: Any) -> int:
+def _plan(recipe: Any, until: Any) -> int:
     from flows.plan import plan, print_plan
     from tasks.settings import Settings
     from tasks.store.store import open_store
 
-    for line in print_plan(recipe, plan(recipe, open_store(Settings().store_url))):
+    stages = plan(recipe, open_store(Settings().store_url), until)
+    for line in print_plan(recipe, stages, until):
         print(line)
+    return 0
+
+
+def _run_until(recipe: Any, until: Any) -> int:
+    from tasks.settings import Settings
+
+    # Prefect reads its environment when it is imported.
+    os.environ.update(Settings().environment())
+    from flows.make_part import make_part
+
+    state: Any = make_part(recipe, until, return_state=True)
+    if not state.is_completed():
+        raise StillroomError(state.message or f"the run ended as {state.name}")
+    outcome = state.result()
+    print("\n".join(["", *outcome.artifacts, "", outcome.summary, f"MLflow: {outcome.mlflow}"]))
     return 0
 
 

@@ -10,7 +10,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows.ask_teacher import ask_elsewhere
-from flows.orders import Orders
+from flows.orders import Orders, Resolve
 from flows.plan import planned_keys, resolver
 from flows.road import BASE_TEXT, Made, Measured, walk
 from stillroom.config import Publish, Recipe
@@ -37,10 +37,19 @@ def compress(recipe: Recipe) -> "State[Outcome]":
     Every stage whose artifact is in the store already is Cached, and one that a crash interrupted
     goes on from its last checkpoint. So does a run that was suspended until someone approved.
     """
+    return conclude(recipe.name, lambda: make(recipe, resolver()))
+
+
+def conclude(name: str, work: Callable[[], Outcome]) -> "State[Outcome]":
+    """Return the state in which a run ends that does this work.
+
+    Raises:
+        Exception: the work failed by a fault of ours.
+    """
     try:
-        outcome = make(recipe)
+        outcome = work()
     except Exception as error:
-        explained = explain(error, recipe.name)
+        explained = explain(error, name)
         if explained is None:
             raise
         return Failed(message=str(explained))
@@ -49,13 +58,12 @@ def compress(recipe: Recipe) -> "State[Outcome]":
     return Completed(message=outcome.summary, data=outcome)
 
 
-def make(recipe: Recipe) -> Outcome:
+def make(recipe: Recipe, resolve: Resolve) -> Outcome:
     """Walk the road and return what stands at its end.
 
     Raises:
         StillroomError: something failed for a reason that the user can act on.
     """
-    resolve = resolver()
     with Journal.begin(recipe) as journal, journal.store.lease(*planned_keys(recipe, resolve)):
         orders = Orders(recipe, resolve, Runner(recipe, journal))
         made = walk(recipe, orders)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from flows.estimate import Estimate, estimate
 from flows.orders import Orders, Resolve
+from flows.part import Part, needed_for, without_more
 from flows.road import walk
 from flows.shape import Shape, model_shape
 from stillroom.config import Model, Recipe, Text
 from stillroom.errors import SourceError, StillroomError
 from tasks.errand import ELSEWHERE
-from tasks.reach import require_within_reach
+from tasks.reach import as_read, places_of, require_within_reach
 from tasks.settings import Settings
 from tasks.sources import Source, place_of, resolve_model, resolve_text
 from tasks.stages import Order
@@ -53,10 +54,11 @@ def resolve_source(place: Model | Text) -> Source:
     return resolve(place.source, place.revision)
 
 
-def resolver() -> Resolve:
+def resolver(own: Recipe | None = None) -> Resolve:
     """Return what resolves the sources of a run's recipe, each once.
 
-    One that a server ordered resolves what is within its reach: no path of ours by name.
+    One that a server ordered resolves what is within its reach: no path of ours by name. What a
+    recipe of the operator's `own` names is within reach.
 
     Raises:
         SourceError: it points at nothing, cannot be asked, or is out of reach.
@@ -65,10 +67,11 @@ def resolver() -> Resolve:
 
     if deployment.id is None:
         return cache(resolve_source)
-    settings = Settings()
+    settings, listed = Settings(), places_of(own) if own else frozenset()
 
     def resolve_within_reach(place: Model | Text) -> Source:
-        require_within_reach(place, settings)
+        if as_read(place) not in listed:
+            require_within_reach(place, settings)
         return resolve_source(place)
 
     return cache(resolve_within_reach)
@@ -91,16 +94,23 @@ def resolve_or_leave(place: Model | Text) -> Source:
         return Source(place.source, where, UNRESOLVED + place.source)
 
 
-def plan(recipe: Recipe, store: ArtifactStore) -> list[PlannedStage]:
-    """Return the stages of `recipe` in order.
+def plan(recipe: Recipe, store: ArtifactStore, until: Part | None = None) -> list[PlannedStage]:
+    """Return the stages of `recipe` in order; with `until`, those alone that this part takes.
 
     Raises:
+        RecipeError: the recipe has no such part.
         SourceError: a local source is not there.
         StoreError: the store cannot be read.
     """
+    if until:
+        recipe = without_more(recipe, until)
     planned = Planned(recipe, store)
     walk(recipe, Orders(recipe, cache(resolve_or_leave), planned.take))
-    return planned.stages
+    if until is None:
+        return planned.stages
+    stages = {stage.key: stage for stage in planned.stages}
+    orders = {key: stage.order for key, stage in stages.items()}
+    return [stages[key] for key in needed_for(until, orders)]
 
 
 class Planned:
@@ -132,23 +142,34 @@ class Planned:
 
 def planned_keys(recipe: Recipe, resolve: Resolve) -> list[str]:
     """Return the keys of all that the recipe makes or takes, in order."""
+    return list(planned_orders(recipe, resolve))
+
+
+def planned_orders(recipe: Recipe, resolve: Resolve) -> dict[str, Order]:
+    """Return the orders for all that the recipe makes or takes by their keys, each once, in order.
+
+    Raises:
+        SourceError: a source points at nothing, cannot be asked, or is out of reach.
+    """
 
     def take(order: Order, artifacts: dict[str, Order]) -> Order:
-        keys.append(order.key)
-        return order
+        return orders.setdefault(order.key, order)
 
-    keys: list[str] = []
+    orders: dict[str, Order] = {}
     walk(recipe, Orders(recipe, resolve, take))
-    return keys
+    return orders
 
 
-def print_plan(recipe: Recipe, stages: list[PlannedStage]) -> Iterator[str]:
+def print_plan(
+    recipe: Recipe, stages: list[PlannedStage], until: Part | None = None
+) -> Iterator[str]:
     """Yield the plan as lines of text."""
     yield from print_stages(stages)
     if recipe.execution.over == "workers":
         sent = [stage.order.title for stage in stages if stage.order.stage in ELSEWHERE]
         yield f"on workers of {recipe.execution.deployment}: {', '.join(sent)}"
-    yield "then: check the gates, write the report, " + _publication(recipe)
+    if until is None:
+        yield "then: check the gates, write the report, " + _publication(recipe)
     yield print_total(stages)
 
 

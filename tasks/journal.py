@@ -15,8 +15,10 @@ from prefect.exceptions import Pause
 from prefect.runtime import flow_run
 
 from stillroom.config import IntrinsicDimension, Recipe
-from stillroom.errors import ServiceUnreachableError, StillroomError
+from stillroom.errors import ServiceUnreachableError, StillroomError, StoreError
 from stillroom.evaluation.report_data import LineageEntry
+from tasks.explain import explain
+from tasks.failure import write_failure
 from tasks.settings import Settings
 from tasks.stages import Order
 from tasks.store.lease import leave_lease, take_lease
@@ -51,6 +53,8 @@ class Journal:
     store: ArtifactStore
     lineage: list[LineageEntry] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
+    under_way: dict[str, Order] = field(default_factory=dict)
+    """Stages that have begun and are not written down as finished, by key."""
     _cached: "list[Future[str]]" = field(default_factory=list)
     """Cached stages that may not be written down yet."""
     _waits_until: datetime | None = None
@@ -69,6 +73,14 @@ class Journal:
             ServiceUnreachableError: MLflow does not answer.
             StoreError: the store cannot be reached.
         """
+        try:
+            return cls._open(recipe)
+        except Exception as error:
+            write_failure(error, explain(error, recipe.name))
+            raise
+
+    @classmethod
+    def _open(cls, recipe: Recipe | IntrinsicDimension) -> "Journal":
         settings = Settings()
         store = open_store(settings.store_url)
         client = connect(settings.tracking_uri)
@@ -99,11 +111,13 @@ class Journal:
             take_lease(self.store.backend, self.parent.flow_run_id)
         if error is not None:
             self._tell_of(error, self._fail)
+            self._show_failure(error)
             return
         try:
             self.log_cached()
         except Exception as unwritten:
             self._tell_of(unwritten, self._fail)
+            self._show_failure(unwritten)
             raise
         end_parent_run(self.client, self.parent, "FINISHED", metrics=self.figures)
 
@@ -126,10 +140,33 @@ class Journal:
         finally:
             end_parent_run(self.client, self.parent, "FAILED", metrics={})
 
+    def _show_failure(self, error: BaseException) -> None:
+        """Leave a page about the failure with the flow run; whoever stops a run needs none."""
+        if not isinstance(error, Exception):
+            return
+        explained = explain(error, str(flow_run.name))
+        unfinished = {
+            order.title: self._checkpoints(order.key, error) for order in self.under_way.values()
+        }
+        write_failure(error, explained, self.lineage, unfinished)
+
+    def _checkpoints(self, key: str, failure: Exception) -> int | None:
+        """Return how many checkpoints a stage has, or None where the store cannot be asked."""
+        if isinstance(failure, StoreError):
+            return None  # it was waited for long enough
+        try:
+            return len(self.store.checkpoints(key).names())
+        except StoreError:
+            return None
+
     @property
     def link(self) -> str:
         """Where MLflow's UI shows the run."""
         return run_link(self.client.tracking_uri, self.parent.experiment_id, self.parent.run_id)
+
+    def begin_stage(self, order: Order) -> None:
+        """Note a stage that is looked for, or made, from now on."""
+        self.under_way[order.key] = order
 
     def log_stage(self, order: Order, record: Record, *, cached: bool) -> None:
         """Write down a stage that has its artifact; a cached one meanwhile: see `log_cached`."""
@@ -154,6 +191,7 @@ class Journal:
             self._cached.append(self._pool.submit(log_stage, self.client, self.parent, stage))
         else:
             log_stage(self.client, self.parent, stage)
+        self.under_way.pop(record.key, None)
 
     def log_cached(self) -> None:
         """Return once all cached stages are written down."""

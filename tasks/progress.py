@@ -10,8 +10,9 @@ from uuid import UUID
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from tqdm import tqdm
 
-# An artifact is a request to the server; a log line is for people who do not watch.
-ARTIFACT_SECONDS = 5.0
+from tasks.settings import Settings
+
+# A log line is for people who do not watch.
 LOG_SECONDS = 30.0
 
 
@@ -25,6 +26,7 @@ class ShownProgress:
         """When the first word of it came, and how much was done by then: what a resumed stage finds
         done, or waits for a worker, says nothing of its speed."""
         self.artifact: UUID | None = None
+        self.artifact_seconds = Settings().progress_seconds
         self.bar: tqdm[Any] | None = None
         self.unit = ""
         self.sent = self.logged = time.monotonic()
@@ -53,7 +55,7 @@ class ShownProgress:
         if now - self.logged >= LOG_SECONDS:
             self.logged = now
             self.logger.info("%s", self._line(done, total, unit, note))
-        if now - self.sent >= ARTIFACT_SECONDS:
+        if now - self.sent >= self.artifact_seconds:
             self.sent = now
             self._send(100.0 * done / max(total, 1))
 

@@ -4,10 +4,29 @@ import os
 from itertools import chain
 from pathlib import Path
 
-from stillroom.config import Model, Text
+from stillroom.config import Model, Recipe, Text
 from stillroom.errors import SourceError
 from tasks.settings import Settings
 from tasks.sources import place_of
+
+
+def places_of(recipe: Recipe) -> frozenset[Model | Text]:
+    """Return the models and texts that a recipe names, each as it is read."""
+    data = [recipe.data, *(each.data for each in recipe.adapters)]
+    texts = [text for each in data for text in (each.train, each.evaluation) if text is not None]
+    return frozenset([as_read(recipe.teacher), *texts])
+
+
+def as_read(place: Model | Text) -> Model | Text:
+    """Return a place with what decides what is read there, and nothing else.
+
+    Of a text that is everything: another column of the same file is another text.
+    """
+    if isinstance(place, Text):
+        return place
+    usual = Model(source=place.source)
+    later = ("dtype", "config", "fine_tune", "vocabulary")
+    return place.model_copy(update={name: getattr(usual, name) for name in later})
 
 
 def require_within_reach(place: Model | Text, settings: Settings) -> None:

@@ -35,6 +35,7 @@ def run_stage(
 
     An error that the user can act on becomes a Failed state with its sentence, not a traceback.
     """
+    journal.begin_stage(order)
     try:
         record = open_store(Settings().store_url).find(order.kind, order.key)
         cached = record is not None

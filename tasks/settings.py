@@ -38,6 +38,10 @@ class Settings(BaseSettings):
     """Whether such recipes may have a model's own code run: `teacher.trust_remote_code`."""
     gpus: str = ""
     """GPUs that `make up` starts a worker for each, such as 0,1; cpu: a worker without a GPU."""
+    recipes: Path = Path(__file__).parents[1] / "deployments" / "recipes"
+    """Folder of the recipes that are ordered by name: files of the operator's own."""
+    progress_seconds: float = Field(default=5.0, ge=0)
+    """How often a long stage tells Prefect how far it is; each time is a request to the server."""
     scratch: Path | None = None
     """Folder for work in progress; absent: scratch in home."""
 

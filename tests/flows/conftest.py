@@ -115,6 +115,10 @@ def house(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> Iterator[Hou
     terminal = open_house(tmp_path_factory.mktemp("house"))
     terminal.variables["STILLROOM_DATA_ROOTS"] = f"/nowhere:{parts}"
     terminal.variables["STILLROOM_GPUS"] = "cpu"
+    terminal.variables["STILLROOM_RECIPES"] = str(terminal.folder / "recipes")
+    (terminal.folder / "recipes").mkdir()
+    # However short a stage is, it says how far it is.
+    terminal.variables["STILLROOM_PROGRESS_SECONDS"] = "0.2"
     terminal.write(small_recipe(RECIPE, parts))
     try:
         yield start(terminal)

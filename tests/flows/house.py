@@ -57,8 +57,22 @@ class House:
 
     def order(self, recipe: dict[str, Any]) -> httpx.Response:
         """Ask for a run, as the form in the browser does."""
-        url = f"{self.prefect}/api/deployments/{self.deployment['id']}/create_flow_run"
-        return patiently("POST", url, {"parameters": {"recipe": recipe}})
+        return self.order_of("compress/compress", {"recipe": recipe})
+
+    def order_of(self, deployment: str, parameters: dict[str, Any]) -> httpx.Response:
+        """Ask for a run of any deployment."""
+        found = self.ask("GET", f"/deployments/name/{deployment}")
+        url = f"{self.prefect}/api/deployments/{found['id']}/create_flow_run"
+        return patiently("POST", url, {"parameters": parameters})
+
+    def artifacts(self, flow_run: str, kind: str) -> list[dict[str, Any]]:
+        """Return what a run has left of one type: table, markdown, link or progress."""
+        of_run = {
+            "flow_runs": {"id": {"any_": [flow_run]}},
+            "artifacts": {"type": {"any_": [kind]}},
+        }
+        found: list[dict[str, Any]] = self.ask("POST", "/artifacts/filter", of_run)
+        return found
 
     def await_end(self, flow_run: str) -> dict[str, Any]:
         deadline = time.monotonic() + RUN_SECONDS
