@@ -15,6 +15,7 @@ from prefect.runtime import flow_run
 from stillroom.config import IntrinsicDimension, Recipe
 from stillroom.errors import ServiceUnreachableError, StillroomError
 from stillroom.evaluation.report_data import LineageEntry
+from tasks.quiet_logs import hide_secrets_in_logs
 from tasks.settings import Settings
 from tasks.stages import Order
 from tasks.store.record import Record
@@ -63,6 +64,7 @@ class Journal:
             ServiceUnreachableError: MLflow does not answer.
             StoreError: the store cannot be reached.
         """
+        hide_secrets_in_logs()
         settings = Settings()
         store = open_store(settings.store_url)
         client = connect(settings.tracking_uri)
