@@ -12,6 +12,7 @@ from typing import Any
 from flows.approve import add_approve_command
 from flows.part import PARTS
 from stillroom.errors import RecipeError, StillroomError
+from stillroom.redaction import redact
 from tasks.store.commands import add_store_commands, run_store_command
 
 ACTIONABLE, REFUSED = 2, 1
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.run(options) if "run" in options else _store(options)
     except StillroomError as error:
         # One line, whatever a library has put into it.
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", " ".join(redact(str(error)).split()), file=sys.stderr)
         return ACTIONABLE
     return code
 
@@ -125,8 +126,10 @@ def _run(recipe: Any) -> int:
     os.environ.update(settings.environment())
     _require_server(recipe.execution)
     from flows.compress import compress
+    from tasks.logins import logging_in
 
-    state: Any = compress(recipe, return_state=True)
+    with logging_in():
+        state: Any = compress(recipe, return_state=True)
     if not state.is_completed() and state.name != "Refused":
         raise StillroomError(state.message or f"the run ended as {state.name}")
     outcome = state.result(raise_on_failure=False)
@@ -152,8 +155,10 @@ def _measure_dimension(options: argparse.Namespace) -> int:
     os.environ.update(settings.environment())
     _require_server(recipe.execution)
     from flows.measure_intrinsic_dimension import measure_intrinsic_dimension
+    from tasks.logins import logging_in
 
-    state: Any = measure_intrinsic_dimension(recipe, return_state=True)
+    with logging_in():
+        state: Any = measure_intrinsic_dimension(recipe, return_state=True)
     if not state.is_completed():
         raise StillroomError(state.message or f"the run ended as {state.name}")
     outcome = state.result()
@@ -213,8 +218,11 @@ def _up(options: argparse.Namespace) -> int:
     from tasks.services import start_services
     from tasks.settings import Settings
 
-    services = start_services(Settings(), print)
+    settings = Settings()
+    services = start_services(settings, print)
     print(f"Prefect: {services['prefect_ui']}\nMLflow:  {services['mlflow']}")
+    if settings.login:
+        print(f"log in as {settings.user}; Prefect's page wants it in one field, as USER:PASSWORD")
     print("stop them with `make down`")
     return 0
 

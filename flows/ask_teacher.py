@@ -20,6 +20,7 @@ from tasks.cache_share import Share, work_share
 from tasks.elsewhere import await_ends, cancel_runs, start_run
 from tasks.explain import explain
 from tasks.progress import ShownProgress
+from tasks.quiet_logs import hide_secrets_in_logs
 from tasks.stages import CACHE_TEACHER, Order
 from tasks.store.record import Record
 from tasks.store.store import ArtifactStore
@@ -60,6 +61,7 @@ def ask_elsewhere(
 
 
 def _answer(share: Share) -> "State[None]":
+    hide_secrets_in_logs()
     title = share.order.title
     try:
         with ShownProgress(title, get_run_logger()) as progress:

@@ -12,11 +12,13 @@ from prefect.states import Completed, Failed
 from tasks.errand import Errand, do_errand
 from tasks.explain import explain
 from tasks.progress import ShownProgress
+from tasks.quiet_logs import hide_secrets_in_logs
 
 
 @flow(name="make-stage", flow_run_name="{errand.order.title}", persist_result=False)
 def make_stage(errand: Errand) -> "State[None]":
     """Make one stage of a recipe, from artifacts that are in the store."""
+    hide_secrets_in_logs()
     title = errand.order.title
     try:
         with ShownProgress(title, get_run_logger()) as progress:

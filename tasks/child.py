@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from stillroom.progress import Progress
 from tasks.processes import answer, die_with_parent, importing, line_to_parent
+from tasks.quiet_logs import hide_secrets_in_logs
 from tasks.stages import Order
 from tasks.store.record import Record
 from tasks.training_pool import training_team
@@ -37,6 +38,7 @@ class Request(BaseModel):
 def main(folder: Path, parent: int | None = None) -> int:
     """Do what request.json asks; return 0, or 3 where error.json says what went wrong."""
     die_with_parent(parent)
+    hide_secrets_in_logs()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     request = Request.model_validate_json((folder / "request.json").read_text())
     progress = _Reporter()

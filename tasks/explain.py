@@ -5,7 +5,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar, cast
 
-from stillroom.errors import OutOfMemoryError, StillroomError, StoreError
+from stillroom.errors import OutOfMemoryError, StageError, StillroomError, StoreError
+from stillroom.redaction import redact
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -17,10 +18,16 @@ _MEMORY = ("allocate memory", "out of memory")
 
 
 def explain(error: Exception, title: str) -> StillroomError | None:
-    """Return the error as one that the user can act on, or None where it is a fault of ours."""
+    """Return the error as one that the user can act on, or None where it is a fault of ours.
+
+    Prefect's server keeps the text of what leaves a flow: an error whose text holds a secret is
+    returned without it, a fault of ours too.
+    """
+    said = redact(str(error))
+    hides = said != str(error)
     if isinstance(error, StillroomError):
-        return error
-    text, number = " ".join(str(error).split()), getattr(error, "errno", None)
+        return type(error)(said) if hides else error
+    text, number = " ".join(said.split()), getattr(error, "errno", None)
     if number == errno.ENOSPC or any(words in text for words in _FULL):
         return StoreError(
             f"{title}: the disk is full; free some space (`python -m flows store gc --dry-run` "
@@ -35,7 +42,7 @@ def explain(error: Exception, title: str) -> StillroomError | None:
             f"{title} ran out of memory ({text[:200]}); run again with fewer batch_rows or a "
             "shorter sequence_length: what is finished is kept"
         )
-    return None
+    return StageError(f"{title}: {type(error).__name__}: {text[:500]}") if hides else None
 
 
 def plainly(work: Callable[P, R]) -> Callable[P, R]:

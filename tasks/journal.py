@@ -19,6 +19,7 @@ from stillroom.errors import ServiceUnreachableError, StillroomError, StoreError
 from stillroom.evaluation.report_data import LineageEntry
 from tasks.explain import explain
 from tasks.failure import write_failure
+from tasks.quiet_logs import hide_secrets_in_logs
 from tasks.settings import Settings
 from tasks.stages import Order
 from tasks.store.lease import leave_lease, take_lease
@@ -73,6 +74,7 @@ class Journal:
             ServiceUnreachableError: MLflow does not answer.
             StoreError: the store cannot be reached.
         """
+        hide_secrets_in_logs()
         try:
             return cls._open(recipe)
         except Exception as error:

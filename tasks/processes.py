@@ -15,6 +15,7 @@ from typing import TextIO
 
 import stillroom.errors
 from stillroom.errors import StillroomError
+from stillroom.redaction import redact
 from tasks.explain import explain
 
 ROOT = Path(__file__).parents[1]
@@ -105,6 +106,6 @@ def error_from(file: Path) -> StillroomError:
 
 
 def last_line(log: Path) -> str:
-    """Return the last line of a child's log, shortened."""
-    lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+    """Return the last line of a child's log, shortened, without secrets."""
+    lines = redact(log.read_text(errors="replace")).strip().splitlines() or ["it said nothing"]
     return lines[-1][:300]

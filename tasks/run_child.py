@@ -13,6 +13,7 @@ from pathlib import Path
 
 from stillroom.errors import OutOfMemoryError, StageError, StoreError
 from stillroom.progress import Progress
+from stillroom.redaction import redact
 from tasks.child import Request
 from tasks.processes import FAILED, child_environment, end_child, error_from, last_line
 from tasks.store.record import Record
@@ -46,7 +47,8 @@ def run_child(request: Request, scratch_root: Path, progress: Progress) -> Recor
 
 def _keep_log(folder: Path, log: Path) -> Path:
     log.parent.mkdir(exist_ok=True)
-    return Path(shutil.copyfile(folder / "stderr.log", log))
+    log.write_text(redact((folder / "stderr.log").read_text(errors="replace")))
+    return log
 
 
 def _run(folder: Path, threads: int, progress: Progress) -> int:

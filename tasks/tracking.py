@@ -17,6 +17,7 @@ from stillroom.errors import RecipeError
 from stillroom.pull import open_client, reaching
 from stillroom.redaction import redact
 from tasks.mlflow_batches import flatten, log_batches
+from tasks.settings import Settings
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -92,6 +93,8 @@ def connect(tracking_uri: str) -> Any:
         Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     # Loading models:/ and files behind a server reads these, not the client.
     os.environ["MLFLOW_TRACKING_URI"] = os.environ["MLFLOW_REGISTRY_URI"] = tracking_uri
+    for name, value in Settings().logins().items():
+        os.environ.setdefault(name, value)
     timeout = float(os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_SECONDS))
     return open_client(tracking_uri, wait_seconds=timeout)
 

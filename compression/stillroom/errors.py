@@ -2,6 +2,7 @@
 
     StillroomError
     ├── RecipeError          the recipe does not say something that can be done
+    ├── SettingsError        a setting of this machine is not what it must be
     ├── SourceError          a model or a text is missing or cannot be read
     │   └── DataError        the text is there and cannot be used as the recipe asks
     ├── MismatchError        two things that must belong together do not
@@ -9,6 +10,7 @@
     │   ├── CorruptedError   a stored file is not the file that was stored
     │   └── StoreUnreachableError
     ├── ServiceUnreachableError   MLflow or Prefect does not answer
+    ├── LoginError           MLflow or Prefect refuses the login
     └── StageError           a stage failed while it worked
         ├── NotFiniteError   NaN or infinity where a number was expected
         ├── NotPositiveDefiniteError   a Hessian that no damping makes invertible
@@ -24,6 +26,10 @@ class StillroomError(Exception):
 
 class RecipeError(StillroomError):
     """The recipe does not describe something that can be done."""
+
+
+class SettingsError(StillroomError):
+    """A setting of this machine is not what it must be."""
 
 
 class SourceError(StillroomError):
@@ -52,6 +58,10 @@ class StoreUnreachableError(StoreError):
 
 class ServiceUnreachableError(StillroomError):
     """MLflow or Prefect does not answer."""
+
+
+class LoginError(StillroomError):
+    """MLflow or Prefect refuses the login, or wants one."""
 
 
 class StageError(StillroomError):

@@ -13,6 +13,7 @@ from stillroom.adapted import join_base, merge_into
 from stillroom.contents import LISTING, BaseReference, Contents, read_contents, verify_files
 from stillroom.errors import (
     CorruptedError,
+    LoginError,
     MismatchError,
     ServiceUnreachableError,
     SourceError,
@@ -238,7 +239,10 @@ def wait_for_server(uri: str, wait_seconds: float) -> None:
 
 @contextmanager
 def reaching(uri: str) -> Iterator[None]:
-    """Turn a request to MLflow that got no answer into ServiceUnreachableError."""
+    """Turn a request to MLflow that got no answer into ServiceUnreachableError.
+
+    One that it refuses for who asks becomes a LoginError.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
@@ -248,6 +252,15 @@ def reaching(uri: str) -> Iterator[None]:
             raise ServiceUnreachableError(
                 f"MLflow at {redact(uri)} stopped answering: run the same command "
                 "again when it is back; it continues where it stopped"
+            ) from error
+        if "error code 401" in str(error) or error.error_code == "UNAUTHENTICATED":
+            raise LoginError(
+                f"MLflow at {redact(uri)} refuses the login, or wants one: set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            ) from error
+        if error.error_code == "PERMISSION_DENIED":
+            raise LoginError(
+                f"MLflow at {redact(uri)} does not let this user do that: ask its administrator"
             ) from error
         raise
 

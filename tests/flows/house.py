@@ -14,6 +14,7 @@ from tests.servers import free_port
 
 OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 RUN_SECONDS = 180
+UP_SECONDS = 240
 BUSY_SECONDS = 20
 STAGES = [
     "import teacher",
@@ -38,15 +39,16 @@ class House:
     terminal: Terminal
     prefect: str
     mlflow: str
+    login: tuple[str, str] | None = None
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
-        answer = patiently(method, f"{self.prefect}/api{path}", body)
+        answer = patiently(method, f"{self.prefect}/api{path}", body, self.login)
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
     def ask_mlflow(self, method: str, path: str, body: Any = None, **query: str) -> Any:
         url = f"{self.mlflow}/api/2.0/mlflow{path}"
-        answer = httpx.request(method, url, json=body, params=query, timeout=60)
+        answer = httpx.request(method, url, json=body, params=query, auth=self.login, timeout=60)
         answer.raise_for_status()
         return answer.json()
 
@@ -63,7 +65,7 @@ class House:
         """Ask for a run of any deployment."""
         found = self.ask("GET", f"/deployments/name/{deployment}")
         url = f"{self.prefect}/api/deployments/{found['id']}/create_flow_run"
-        return patiently("POST", url, {"parameters": parameters})
+        return patiently("POST", url, {"parameters": parameters}, self.login)
 
     def artifacts(self, flow_run: str, kind: str) -> list[dict[str, Any]]:
         """Return what a run has left of one type: table, markdown, link or progress."""
@@ -94,11 +96,13 @@ class House:
         return (self.terminal.home / "logs" / f"{name}.log").read_text()[-3000:]
 
 
-def patiently(method: str, url: str, body: Any = None) -> httpx.Response:
+def patiently(
+    method: str, url: str, body: Any = None, login: tuple[str, str] | None = None
+) -> httpx.Response:
     """Ask once more where Prefect's database was busy: it says so, and its own client asks too."""
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
-        answer = httpx.request(method, url, json=body, timeout=60)
+        answer = httpx.request(method, url, json=body, auth=login, timeout=60)
         if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
             return answer
         time.sleep(0.5)
@@ -132,16 +136,17 @@ def open_house(folder: Path) -> Terminal:
     return Terminal(folder, {"STILLROOM_HOME": str(folder / "home"), **ports})
 
 
-def start(terminal: Terminal) -> House:
-    done = terminal.type("up")
+def start(terminal: Terminal, login: tuple[str, str] | None = None) -> House:
+    done = terminal.type("up", seconds=UP_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
+    host = terminal.variables.get("STILLROOM_HOST", "127.0.0.1")
     prefect, mlflow = (
-        f"http://127.0.0.1:{terminal.variables[f'STILLROOM_{name}_PORT']}"
+        f"http://{host}:{terminal.variables[f'STILLROOM_{name}_PORT']}"
         for name in ("PREFECT", "MLFLOW")
     )
     assert prefect in done.stdout
     assert mlflow in done.stdout
-    return House(terminal, prefect, mlflow)
+    return House(terminal, prefect, mlflow, login)
 
 
 def processes_of(home: Path) -> list[str]:

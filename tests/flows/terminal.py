@@ -40,7 +40,9 @@ class Terminal:
     def compress(self, *more: str) -> "subprocess.CompletedProcess[str]":
         return self.type("compress", "recipe.yaml", *more)
 
-    def type(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    def type(
+        self, *arguments: str, seconds: float = RUN_SECONDS
+    ) -> "subprocess.CompletedProcess[str]":
         """Run `python -m flows ...` to its end."""
         return subprocess.run(
             self.command(*arguments),
@@ -49,7 +51,7 @@ class Terminal:
             capture_output=True,
             text=True,
             check=False,
-            timeout=RUN_SECONDS,
+            timeout=seconds,
         )
 
     def command(self, *arguments: str) -> list[str]:

@@ -99,6 +99,34 @@ def test_a_fault_of_ours_is_not_explained_away() -> None:
     assert explain(KeyError("x"), "quantize") is None
 
 
+@pytest.mark.parametrize(
+    "error", [SourceError("hush-hush"), KeyError("hush-hush"), OSError(errno.EACCES, "hush-hush")]
+)
+def test_a_secret_is_taken_out_of_an_error(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
+    explained = explain(error, "quantize")
+    assert explained is not None
+    assert "***" in str(explained)
+    assert "hush" not in str(explained)
+    if isinstance(error, SourceError):
+        assert type(explained) is SourceError
+
+
+def test_the_kept_log_of_a_child_holds_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It tells the number of its threads when it dies of it.
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "torch.set_num_threads")
+    broken = request(tmp_path, tmp_path).model_copy(update={"threads": 0})
+    with pytest.raises(StageError, match="its log is"):
+        run_child(broken, tmp_path / "scratch", silent)
+    (log,) = (tmp_path / "scratch" / "logs").iterdir()
+    assert "***" in log.read_text()
+    assert "torch.set_num_threads" not in log.read_text()
+
+
 def test_a_child_without_its_parent_does_not_begin(tmp_path: Path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stillroom.config.section import Count, Fraction, Identifier, Section
+from stillroom.config.section import Count, Fraction, Identifier, Section, Source
 from stillroom.config.training import Training
 
 
@@ -22,7 +22,7 @@ class Vocabulary(Section):
 class Model(Section):
     """A model that exists: where it is, and how it is loaded."""
 
-    source: Annotated[str, Field(min_length=1)]
+    source: Source
     """A hub id, a local folder, s3://bucket/prefix, models:/name@alias, or builtin:smollm2 and
     builtin:minilm."""
     revision: str | None = None
@@ -44,7 +44,7 @@ class Model(Section):
 class Text(Section):
     """A text that exists: where it is, and which columns hold what."""
 
-    source: Annotated[str, Field(min_length=1)]
+    source: Source
     """A hub dataset id, a local file or folder, s3://bucket/prefix, or builtin:python-docs,
     builtin:python-source, builtin:python-docstrings."""
     revision: str | None = None
