@@ -153,15 +153,13 @@ def test_a_new_version_orders_one_run_of_two_sensors(
     write(house, "watched", watched)
     (run,) = look(2)
     assert run["parameters"] == {"recipe_name": "watched"}
-    ended = house.await_end(run["id"])
-    assert ended["state"]["type"] == "COMPLETED", f"{ended['state']}\n{house.log('worker')}"
-    assert tables[0]["watched"]["run"].startswith(f"{house.prefect}/")
-
+    assert all(table["watched"]["run"].startswith(f"{house.prefect}/") for table in tables)
     register(1)
-    runs = look(1)
+    runs = look(2)
     assert len(runs) == 2
-    (new,) = (each for each in runs if each["id"] != run["id"])
-    assert tables[2]["watched"]["changed"] == "models:/big@champion is now version 2"
-    assert house.await_end(new["id"])["state"]["type"] == "COMPLETED"
-    assert len(look(1)) == 2
-    assert tables[3]["watched"]["changed"] == "nothing since that run"
+    assert "models:/big@champion is now version 2" in {
+        table["watched"]["changed"] for table in tables[2:]
+    }
+    for each in runs:
+        ended = house.await_end(each["id"])
+        assert ended["state"]["type"] == "COMPLETED", f"{ended['state']}\n{house.log('worker')}"
