@@ -108,9 +108,12 @@ def _run_until(recipe: Any, until: Any) -> int:
 
     # Prefect reads its environment when it is imported.
     os.environ.update(Settings().environment())
+    _require_server(recipe.execution)
     from flows.make_part import make_part
+    from tasks.logins import logging_in
 
-    state: Any = make_part(recipe, until, return_state=True)
+    with logging_in():
+        state: Any = make_part(recipe, until, return_state=True)
     if not state.is_completed():
         raise StillroomError(state.message or f"the run ended as {state.name}")
     outcome = state.result()

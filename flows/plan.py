@@ -165,8 +165,8 @@ def print_plan(
 ) -> Iterator[str]:
     """Yield the plan as lines of text."""
     yield from print_stages(stages)
-    if recipe.execution.over == "workers":
-        sent = [stage.order.title for stage in stages if stage.order.stage in ELSEWHERE]
+    sent = [stage.order.title for stage in stages if stage.order.stage in ELSEWHERE]
+    if recipe.execution.over == "workers" and sent:
         yield f"on workers of {recipe.execution.deployment}: {', '.join(sent)}"
     if until is None:
         yield "then: check the gates, write the report, " + _publication(recipe)

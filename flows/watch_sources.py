@@ -13,10 +13,12 @@ from prefect.states import Completed, Failed
 from flows.plan import planned_orders, resolve_source
 from stillroom.config import Model, Recipe, Text
 from stillroom.errors import RecipeError
+from stillroom.redaction import redact
 from tasks.explain import explain
 from tasks.keys import canonical
 from tasks.named import RecipeName, load_named, recipe_names
 from tasks.named_runs import OrderedRun, last_run, order_run
+from tasks.quiet_logs import hide_secrets_in_logs
 from tasks.reach import places_of
 from tasks.settings import Settings
 from tasks.sources import Source, place_of, registry_version
@@ -61,6 +63,7 @@ def watch_sources(recipes: tuple[RecipeName, ...] = ()) -> "State[list[Row]]":
         recipes: names of files in the worker's folder of recipes, without their .yaml; none: all
             that name a registered model or S3.
     """
+    hide_secrets_in_logs()
     rows: list[Row] = []
     errors: list[str] = []
     try:
@@ -171,7 +174,7 @@ def _line(name: str, error: Exception) -> str:
     explained = explain(error, name)
     if explained is None:
         get_run_logger().error("%s could not be looked at", name, exc_info=error)
-    return f"{name}: {' '.join(str(explained or repr(error)).split())}"
+    return f"{name}: {' '.join(redact(str(explained or repr(error))).split())}"
 
 
 def _show(rows: list[Row]) -> None:

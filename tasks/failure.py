@@ -9,10 +9,12 @@ from prefect.runtime import deployment, flow_run
 
 from stillroom.errors import (
     CorruptedError,
+    LoginError,
     MismatchError,
     OutOfMemoryError,
     RecipeError,
     ServiceUnreachableError,
+    SettingsError,
     SourceError,
     StillroomError,
     StoreError,
@@ -33,6 +35,14 @@ _ADVICE: tuple[tuple[type[StillroomError], str], ...] = (
     (
         ServiceUnreachableError,
         f"The recipe is in order: see that MLflow and Prefect answer, {_RERUN}.",
+    ),
+    (
+        LoginError,
+        f"The recipe is in order: give the worker the login as the sentence says, {_RERUN}.",
+    ),
+    (
+        SettingsError,
+        f"The recipe is in order: correct the setting where the worker is started, {_RERUN}.",
     ),
     (
         StoreUnreachableError,

@@ -13,7 +13,7 @@ from stillroom.errors import RecipeError
 from tasks.stages import FIT_DIMENSION, RUN_TRIAL, STAGES
 from tasks.store.store import open_store
 from tests.flows.house import small_recipe
-from tests.flows.terminal import Terminal, assert_done
+from tests.flows.terminal import Terminal, assert_done, assert_refused
 
 Recipe = dict[str, Any]
 LEARNED = ["import teacher", "prepare data", "cache teacher", "distil student"]
@@ -76,6 +76,23 @@ def test_the_plan_of_a_part_registers_nothing(whole: Recipe, tmp_path: Path) -> 
     assert "3 of 3 stages to do" in lines
     assert "register" not in lines
     assert "quantize" not in lines
+
+
+def test_the_plan_of_a_part_names_what_workers_make_of_it(whole: Recipe, tmp_path: Path) -> None:
+    whole["execution"] |= {"over": "workers", "device": "cpu"}
+    recipe = validate(whole, "test")
+    for part, named in (("data", False), ("student", True)):
+        stages = plan(recipe, open_store(str(tmp_path)), part)
+        lines = "\n".join(print_plan(recipe, stages, part))
+        assert ("on workers of" in lines) is named
+
+
+def test_a_part_for_workers_needs_a_server(whole: Recipe, tmp_path: Path) -> None:
+    whole["execution"] |= {"over": "workers"}
+    user = Terminal(tmp_path, {"STILLROOM_HOME": str(tmp_path / "home")})
+    user.write(whole)
+    done = user.compress("--until", "student")
+    assert_refused(done, "execution.over: workers needs a Prefect server")
 
 
 @pytest.mark.integration
