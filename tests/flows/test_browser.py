@@ -1,0 +1,103 @@
+"""A browser in which someone orders a run, approves of what came of it, and finds it registered.
+
+With STILLROOM_SCREENSHOTS set to a folder, what was seen is left there.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from playwright.sync_api import Page, expect, sync_playwright
+
+from tests.flows.house import RUN_SECONDS, House, small_recipe
+
+BROWSER = shutil.which("chromium")
+OPTIONS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PATIENCE = 30_000  # milliseconds
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(BROWSER is None, reason="Debian's chromium is not installed"),
+]
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=OPTIONS)
+        opened = browser.new_page(viewport={"width": 1280, "height": 900})
+        opened.set_default_timeout(PATIENCE)
+        yield opened
+        browser.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_order_approve_and_find(
+    house: House, page: Page, recipe: dict[str, Any], parts: Path
+) -> None:
+    small = small_recipe(recipe, parts) | {"name": "clicked", "seed": 91, "adapters": []}
+    small["publish"] = {"name": "clicked", "approval": True}
+    del small["distillation"]
+    folder = Path(house.terminal.variables["STILLROOM_RECIPES"])
+    (folder / "clicked.yaml").write_text(yaml.safe_dump(small, sort_keys=False))
+
+    page.goto(f"{house.prefect}/deployments")
+    page.get_by_role("link", name="compress-named").first.click()
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_text("Custom run").click()
+    page.get_by_text("name of the file, without its .yaml.").wait_for()
+    page.locator("textarea").first.fill("clicked")
+    keep(page, "order")
+    page.get_by_role("button", name="Submit").click()
+
+    page.get_by_text("compress-named").first.wait_for()
+    run = newest(house)
+    page.goto(f"{house.prefect}/runs/flow-run/{run}")
+    page.get_by_text("Suspended", exact=True).first.wait_for(timeout=1000 * RUN_SECONDS)
+    page.get_by_role("button", name="Resume", exact=True).click()
+    question = page.get_by_role("dialog")
+    expect(question).to_contain_text("Shall @champion move to models:/clicked/1")
+    expect(question).to_contain_text("quantized teacher")
+    question.get_by_role("switch").click()
+    question.locator("textarea").fill("looks right")
+    keep(page, "approve")
+    question.get_by_role("button", name="Submit").click()
+    page.get_by_text("Completed", exact=True).first.wait_for(timeout=1000 * RUN_SECONDS)
+    page.get_by_text("Artifacts", exact=True).first.click()
+    expect(page.get_by_text("report-page").last).to_be_visible()
+    keep(page, "artifacts")
+
+    page.goto(f"{house.mlflow}/#/models/clicked/versions/1")
+    for text in ("champion", "stillroom.approval", "approved", "looks right", "stillroom.gates"):
+        expect(page.get_by_text(text).first).to_be_attached()
+    keep(page, "registered")
+    page.get_by_role("link", name="clicked", exact=True).last.click()
+    page.get_by_text("Artifacts", exact=True).first.click()
+    expect(page.get_by_text("report.html").first).to_be_attached()
+
+
+def newest(house: House) -> str:
+    """Return the run that was ordered last."""
+    last = {"sort": "EXPECTED_START_TIME_DESC", "limit": 1}
+    (run,) = house.ask("POST", "/flow_runs/filter", last)
+    return str(run["id"])
+
+
+def keep(page: Page, name: str) -> None:
+    folder = os.environ.get("STILLROOM_SCREENSHOTS")
+    if folder:
+        page.wait_for_timeout(1000)  # until what moves has come to rest
+        page.screenshot(path=Path(folder) / f"{name}.png")
