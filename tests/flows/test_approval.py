@@ -269,14 +269,14 @@ def test_approved_at_a_terminal(
     assert_refused(opened.type("approve", "models:/tiny/7"), "models:/tiny/7", "no such")
 
     refused = opened.type("approve", "models:/tiny/1", "--refuse", "--comment", "not yet")
-    assert "stays where it is" in refused.stdout
+    assert "stays where it is" in refused.stdout, refused.stderr
     assert alias(client, "tiny") == ""
     again = opened.compress()
-    assert again.returncode == 1
+    assert again.returncode == 1, again.stdout + again.stderr
     assert "not yet" in again.stdout
 
     approved = opened.type("approve", "models:/tiny/1")
-    assert "@champion moved" in approved.stdout
+    assert "@champion moved" in approved.stdout, approved.stderr
     assert alias(client, "tiny") == "1"
     assert_refused(opened.type("approve", "models:/tiny/1"), "already", "approved by")
     last = opened.compress()
