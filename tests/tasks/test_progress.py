@@ -13,7 +13,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, as a list of one number; no artifact is sent."""
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(progress, "ARTIFACT_SECONDS", float("inf"))
+    monkeypatch.setenv("STILLROOM_PROGRESS_SECONDS", "inf")
     return now
 
 

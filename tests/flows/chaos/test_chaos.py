@@ -1,6 +1,6 @@
 """Whoever is killed in the middle of whatever: nothing is lost, and the same order completes it.
 
-`make test` kills each victim once; `make chaos` kills each in each stage, and writes the table.
+`make chaos` kills each victim in each stage, and writes the table.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import pytest
 
 from tasks.store.store import ArtifactStore, open_store
 from tests.flows.chaos.table import Case, Row
-from tests.flows.chaos.victims import VICTIMS, Rooms, Victim
+from tests.flows.chaos.victims import VICTIMS, Rooms
 from tests.flows.house import OVER
 from tests.servers import S3Server, rgw_is_installed
 
@@ -24,21 +24,13 @@ STAGES = {
     "quantization": "quantize",
     "upload": "register",
 }
-# One for each victim, and each stage at least once.
-IN_EVERY_TEST: dict[Victim, str] = {
-    "flow process": "distillation",
-    "worker": "quantization",
-    "flow process and worker": "teacher cache",
-    "Prefect server": "distillation",
-    "MLflow server": "upload",
-    "S3 server": "teacher cache",
-}
 GONE_SECONDS = 10.0
 TRUE_SECONDS = 120.0
 WAIT_SECONDS = 240.0
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.chaos,
     pytest.mark.slow,
     pytest.mark.skipif(not rgw_is_installed(), reason="Ceph's radosgw is not installed"),
 ]
@@ -46,7 +38,6 @@ CASES = [
     pytest.param(
         Case(victim, stage),
         id=f"{victim}, {stage}".replace(" ", "-"),
-        marks=[] if IN_EVERY_TEST[victim] == stage else [pytest.mark.chaos],
     )
     for victim in VICTIMS
     for stage in STAGES
