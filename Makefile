@@ -9,7 +9,7 @@ STAMP := $(VENV)/installed
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gptqmodel install-auto-gptq install-llama-cpp bench-adapters bench-distillation bench-quantization bench-quantization-peers chaos demo demo-controls encoder masked test lint up down clean
+.PHONY: help install install-gptqmodel install-auto-gptq install-llama-cpp bench-adapters bench-distillation bench-quantization bench-quantization-peers chaos demo demo-controls encoder masked test test-service lint up down clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-24s %s\n", $$1, $$2}'
@@ -56,8 +56,11 @@ masked: $(STAMP) ## The same road for a masked language model
 	$(BIN)/python -m flows compress deployments/recipes/masked.yaml
 
 test: $(STAMP) ## Pass the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not alone and not chaos'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not alone and not chaos and not service'
 	$(BIN)/python -m pytest -m alone
+
+test-service: $(STAMP) ## Pass the tests of whole services: logins, PostgreSQL, a browser, workers, containers' commands
+	$(BIN)/python -m pytest -m service
 
 chaos: $(STAMP) ## Kill each part in each long stage, and write deployments/CHAOS.md; about half an hour
 	$(BIN)/python -m pytest tests/flows/chaos --durations=30

@@ -62,7 +62,7 @@ def test_they_watch_our_runs_alone() -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.slow
+@pytest.mark.service
 @pytest.mark.timeout(400)
 def test_a_run_that_lost_its_process_and_its_worker_becomes_crashed(
     tmp_path: Path, recipe: dict[str, Any], parts: Path

@@ -11,7 +11,7 @@ from tests.flows.terminal import Terminal
 from tests.servers import postgres_server
 from tests.tasks.store.making import add, write_files
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.service]
 
 
 @pytest.mark.timeout(600)

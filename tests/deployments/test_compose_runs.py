@@ -16,7 +16,7 @@ from tests.servers import Postgres, postgres_server, rgw_is_installed
 RUN_SECONDS = 600
 LOGIN = ("stillroom", SECRETS["STILLROOM_PASSWORD"])
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.integration, pytest.mark.service, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def test_commands_are_sound_shell(dockerfile: Path) -> None:
 
 
 # The other image has the same, and more: see above.
-@pytest.mark.slow
+@pytest.mark.service
 def test_pip_finds_all_that_is_asked_for(tmp_path: Path) -> None:
     copied = _copy(DOCKERFILES[0], tmp_path)
     for line in _pip_lines(DOCKERFILES[0]):
@@ -62,7 +62,7 @@ def test_pip_finds_all_that_is_asked_for(tmp_path: Path) -> None:
         _run(f"{line} --dry-run --quiet", copied)
 
 
-@pytest.mark.slow
+@pytest.mark.service
 def test_the_project_installs_itself(tmp_path: Path) -> None:
     copied = _copy(DOCKERFILES[0], tmp_path / "image")
     venv.create(tmp_path / "venv", with_pip=True)
@@ -72,7 +72,7 @@ def test_the_project_installs_itself(tmp_path: Path) -> None:
     assert (package / "cli.py").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.service
 def test_what_is_copied_suffices(tmp_path: Path) -> None:
     copied = _copy(DOCKERFILES[0], tmp_path)
     flows = sorted(file.stem for file in (ROOT / "flows").glob("*.py") if file.stem != "__main__")

@@ -46,7 +46,7 @@ for manifest in json.load(sys.stdin):
     kubernetes_validate.validate(manifest, sys.argv[1], strict=True)
 """
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.service
 
 
 @pytest.fixture(scope="module")

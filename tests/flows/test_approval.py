@@ -27,6 +27,7 @@ STAGES = [
 ]
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.service,
     pytest.mark.filterwarnings("ignore:The ``noload``"),  # SQLAlchemy, through MLflow
 ]
 

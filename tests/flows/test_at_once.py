@@ -53,7 +53,7 @@ def test_two_runs_of_one_recipe_end_with_one_artifact(
     assert states[0].keys() == states[1].keys()
 
 
-@pytest.mark.slow
+@pytest.mark.service
 @pytest.mark.timeout(600)
 def test_many_runs_at_once_all_end_well(house: House, recipe: dict[str, Any], parts: Path) -> None:
     first = measured_only(recipe, parts, seed=82)

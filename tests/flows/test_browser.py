@@ -43,7 +43,7 @@ def page() -> Iterator[Page]:
         browser.close()
 
 
-@pytest.mark.slow
+@pytest.mark.service
 @pytest.mark.timeout(600)
 def test_order_approve_and_find(
     house: House, page: Page, recipe: dict[str, Any], parts: Path

@@ -22,7 +22,9 @@ COMPARED = {"model", "dataset", "teacher-cache", "adapter"}
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("place", ["mock_s3", pytest.param("ceph", marks=NO_CEPH)])
+@pytest.mark.parametrize(
+    "place", ["mock_s3", pytest.param("ceph", marks=[NO_CEPH, pytest.mark.service])]
+)
 def test_road_over_faulty_s3(
     place: str,
     terminal: Callable[[], Terminal],

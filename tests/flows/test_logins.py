@@ -18,7 +18,7 @@ from tests.flows.house import House, open_house, processes_of, small_recipe, sta
 from tests.flows.terminal import Terminal, assert_done, assert_refused
 from tests.servers import S3Server
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.service]
 
 USER, PASSWORD = "ann", "planted%pass#word$1"
 KEY_ID, SECRET_KEY, ENDPOINT_PASSWORD, TOKEN = (

@@ -17,7 +17,7 @@ from tests.servers import POSTGRES_PROGRAMS, Postgres, S3Server, postgres_server
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.slow,
+    pytest.mark.service,
     pytest.mark.skipif(not POSTGRES_PROGRAMS, reason="Debian's PostgreSQL is not installed"),
     pytest.mark.skipif(not rgw_is_installed(), reason="Ceph's radosgw is not installed"),
 ]

@@ -12,7 +12,7 @@ from tasks.registry import champion, move_alias, register_base
 from tests.flows.house import STAGES, House, small_recipe
 from tests.registering import llama_folder, new_place
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.service]
 PART_DEPLOYMENTS = {
     "prepare-teacher": "teacher",
     "prepare-data": "data",

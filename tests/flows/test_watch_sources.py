@@ -32,6 +32,7 @@ from tests.servers import S3Server, free_port, rgw_is_installed
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.service,
     pytest.mark.filterwarnings("ignore:The ``noload``"),  # SQLAlchemy, through MLflow
 ]
 NO_CEPH = pytest.mark.skipif(not rgw_is_installed(), reason="Ceph's radosgw is not installed")

@@ -103,7 +103,7 @@ def cancel(house: House, run: str) -> None:
     house.ask("POST", f"/flow_runs/{run}/set_state", {"state": state})
 
 
-@pytest.mark.slow
+@pytest.mark.service
 @pytest.mark.timeout(900)
 def test_interrupted_stages_go_on_in_the_gpu_pool(
     house: House, recipe: dict[str, Any], parts: Path

@@ -31,7 +31,6 @@ WAIT_SECONDS = 240.0
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.chaos,
-    pytest.mark.slow,
     pytest.mark.skipif(not rgw_is_installed(), reason="Ceph's radosgw is not installed"),
 ]
 CASES = [
