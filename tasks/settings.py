@@ -213,6 +213,8 @@ class Settings(BaseSettings):
                 "that can"
             ) from error
         here = {"PREFECT_HOME": str(self.root / "prefect"), **QUIET_SERVICES, **self.logins()}
+        # Its own server's first start takes longer than Prefect's 20 s where the machine is busy.
+        here["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "120"
         if server:
             here["PREFECT_API_URL"] = server
         elif self.prefect_database and "PREFECT_API_URL" not in os.environ:
