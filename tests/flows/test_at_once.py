@@ -12,7 +12,7 @@ MANY = 20
 FRESH = 4
 """So many of them make something, the others find it Cached."""
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.service]
 
 
 def measured_only(recipe: dict[str, Any], parts: Path, seed: int) -> dict[str, Any]:

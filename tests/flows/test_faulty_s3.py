@@ -22,9 +22,8 @@ COMPARED = {"model", "dataset", "teacher-cache", "adapter"}
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(
-    "place", ["mock_s3", pytest.param("ceph", marks=[NO_CEPH, pytest.mark.service])]
-)
+@pytest.mark.service
+@pytest.mark.parametrize("place", ["mock_s3", pytest.param("ceph", marks=NO_CEPH)])
 def test_road_over_faulty_s3(
     place: str,
     terminal: Callable[[], Terminal],
