@@ -62,7 +62,7 @@ test: $(STAMP) ## Pass the tests
 test-service: $(STAMP) ## Pass the tests of whole services: logins, PostgreSQL, a browser, workers, containers' commands
 	$(BIN)/python -m pytest -m service
 
-chaos: $(STAMP) ## Kill each part in each long stage, and write deployments/CHAOS.md; about half an hour
+chaos: $(STAMP) ## Kill each part in each long stage, and write deployments/CHAOS.md
 	$(BIN)/python -m pytest tests/flows/chaos --durations=30
 
 lint: $(STAMP) ## Check format, style, types and layering
