@@ -16,7 +16,12 @@ def hide_secrets_in_logs() -> None:
 
     def make_clean(*arguments: Any, **named: Any) -> logging.LogRecord:
         record = make(*arguments, **named)
-        message = record.getMessage()
+        try:
+            message = record.getMessage()
+        except (TypeError, ValueError, KeyError):
+            # A library's slip: without what does not fit, which Python would print as it is.
+            record.args = None
+            message = str(record.msg)
         clean = redact(message)
         if clean != message:
             record.msg, record.args = clean, None

@@ -46,3 +46,9 @@ def test_it_is_done_once(log: io.StringIO) -> None:
     make = logging.getLogRecordFactory()
     hide_secrets_in_logs()
     assert logging.getLogRecordFactory() is make
+
+
+def test_a_message_that_does_not_fit_what_is_put_into_it_ends_nothing(log: io.StringIO) -> None:
+    for message in ("%d tries", "tries"):
+        logging.getLogger("quiet").warning(message, SECRET)
+    assert log.getvalue() == "%d tries\ntries\n"
