@@ -12,13 +12,13 @@ from typing import Any
 
 from prefect import flow, get_run_logger, task
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.states import Completed, Failed
+from prefect.states import Completed
 
 from stillroom.config import Recipe
 from stillroom.errors import RecipeError, StageError
 from tasks.cache_share import Share, work_share
 from tasks.elsewhere import await_ends, cancel_runs, start_run
-from tasks.explain import explain
+from tasks.explain import concluded
 from tasks.progress import ShownProgress
 from tasks.quiet_logs import hide_secrets_in_logs
 from tasks.stages import CACHE_TEACHER, Order
@@ -62,15 +62,12 @@ def ask_elsewhere(
 
 def _answer(share: Share) -> "State[None]":
     hide_secrets_in_logs()
-    title = share.order.title
-    try:
-        with ShownProgress(title, get_run_logger()) as progress:
-            work_share(share, progress)
-    except Exception as error:
-        explained = explain(error, title)
-        if explained is None:
-            raise
-        return Failed(message=str(explained))
+    return concluded(share.order.title, lambda: _work(share))
+
+
+def _work(share: Share) -> "State[None]":
+    with ShownProgress(share.order.title, get_run_logger()) as progress:
+        work_share(share, progress)
     return Completed(message="no piece is left unclaimed")
 
 

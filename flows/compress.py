@@ -16,7 +16,7 @@ from flows.road import BASE_TEXT, Made, Measured, walk
 from stillroom.config import Publish, Recipe
 from stillroom.errors import StageError, StillroomError
 from stillroom.hardware import threads_here
-from tasks.explain import explain
+from tasks.explain import concluded
 from tasks.journal import Journal
 from tasks.judge import Candidate, judge_candidate
 from tasks.outcome import Outcome
@@ -37,22 +37,11 @@ def compress(recipe: Recipe) -> "State[Outcome]":
     Every stage whose artifact is in the store already is Cached, and one that a crash interrupted
     goes on from its last checkpoint. So does a run that was suspended until someone approved.
     """
-    return conclude(recipe.name, lambda: make(recipe, resolver()))
+    return concluded(recipe.name, lambda: judged(make(recipe, resolver())))
 
 
-def conclude(name: str, work: Callable[[], Outcome]) -> "State[Outcome]":
-    """Return the state in which a run ends that does this work.
-
-    Raises:
-        Exception: the work failed by a fault of ours.
-    """
-    try:
-        outcome = work()
-    except Exception as error:
-        explained = explain(error, name)
-        if explained is None:
-            raise
-        return Failed(message=str(explained))
+def judged(outcome: Outcome) -> "State[Outcome]":
+    """Return the state in which a run ends that came to this."""
     if not outcome.gates_passed or outcome.approval == "refused":
         return Failed(name="Refused", message=outcome.summary, data=outcome)
     return Completed(message=outcome.summary, data=outcome)

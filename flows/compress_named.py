@@ -3,8 +3,9 @@
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from flows.compress import conclude, make
+from flows.compress import judged, make
 from flows.plan import resolver
+from tasks.explain import concluded
 from tasks.named import RecipeName, load_named
 from tasks.outcome import Outcome
 from tasks.settings import Settings
@@ -19,7 +20,7 @@ def compress_named(recipe_name: RecipeName, changes: tuple[str, ...] = ()) -> "S
         changes: values to change, such as quantization.bits=3; a source that is changed must be
             one that recipes through the server may read.
     """
-    return conclude(recipe_name, lambda: _make(recipe_name, changes))
+    return concluded(recipe_name, lambda: judged(_make(recipe_name, changes)))
 
 
 def _make(name: str, changes: tuple[str, ...]) -> Outcome:

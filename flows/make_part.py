@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 from prefect import flow
 from prefect.client.schemas.objects import State
-from prefect.states import Completed, Failed
+from prefect.states import Completed
 
 from flows.compress import Runner
 from flows.orders import Resolve
 from flows.part import Part, needed_for, without_more
 from flows.plan import planned_orders, resolver
 from stillroom.config import Recipe
-from tasks.explain import explain
+from tasks.explain import concluded
 from tasks.journal import Journal
 from tasks.store.record import Record
 
@@ -34,14 +34,12 @@ def make_part(recipe: Recipe, until: Part) -> "State[PartOutcome]":
         recipe: what is made, and from what.
         until: the part after which it stops; nothing is gated or registered.
     """
-    try:
+
+    def make() -> "State[PartOutcome]":
         outcome = make_until(recipe, until, resolver())
-    except Exception as error:
-        explained = explain(error, recipe.name)
-        if explained is None:
-            raise
-        return Failed(message=str(explained))
-    return Completed(message=outcome.summary, data=outcome)
+        return Completed(message=outcome.summary, data=outcome)
+
+    return concluded(recipe.name, make)
 
 
 def make_until(recipe: Recipe, until: Part, resolve: Resolve) -> PartOutcome:

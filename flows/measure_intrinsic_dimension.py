@@ -9,7 +9,7 @@ from typing import Any
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, as_completed
-from prefect.states import Completed, Failed
+from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.dimension_road import walk_search
@@ -20,7 +20,7 @@ from stillroom.errors import StageError, StillroomError
 from stillroom.hardware import threads_here
 from stillroom.intrinsic_dimension.search import best_trial
 from tasks.dimension_report import DimensionOutcome, write_dimension_report
-from tasks.explain import explain
+from tasks.explain import concluded
 from tasks.journal import Journal
 from tasks.publish import register_subspace
 from tasks.run_stage import run_stage
@@ -40,14 +40,12 @@ def measure_intrinsic_dimension(recipe: IntrinsicDimension) -> "State[DimensionO
     Every trial whose artifact is in the store already is Cached, and one that a crash interrupted
     goes on from its last checkpoint.
     """
-    try:
+
+    def measure() -> "State[DimensionOutcome]":
         outcome = search(recipe)
-    except Exception as error:
-        explained = explain(error, recipe.name)
-        if explained is None:
-            raise
-        return Failed(message=str(explained))
-    return Completed(message=outcome.summary, data=outcome)
+        return Completed(message=outcome.summary, data=outcome)
+
+    return concluded(recipe.name, measure)
 
 
 def search(recipe: IntrinsicDimension) -> DimensionOutcome:

@@ -3,10 +3,13 @@
 import errno
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 
 from stillroom.errors import OutOfMemoryError, StageError, StillroomError, StoreError
 from stillroom.redaction import redact
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import State
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,6 +46,23 @@ def explain(error: Exception, title: str) -> StillroomError | None:
             "shorter sequence_length: what is finished is kept"
         )
     return StageError(f"{title}: {type(error).__name__}: {text[:500]}") if hides else None
+
+
+def concluded(title: str, work: "Callable[[], State[R]]") -> "State[R]":
+    """Return the state that a flow's work comes to: Failed where the user can act on an error.
+
+    Raises:
+        Exception: the work failed by a fault of ours.
+    """
+    from prefect.states import Failed
+
+    try:
+        return work()
+    except Exception as error:
+        explained = explain(error, title)
+        if explained is None:
+            raise
+        return Failed(message=str(explained))
 
 
 def plainly(work: Callable[P, R]) -> Callable[P, R]:
