@@ -130,8 +130,4 @@ def house(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> Iterator[Hou
 @pytest.fixture(scope="session")
 def ordered(house: House, parts: Path) -> dict[str, Any]:
     """The first run of the small recipe, ordered from the server and done by the worker."""
-    answer = house.order(small_recipe(RECIPE, parts))
-    assert answer.status_code == 201, answer.text
-    run = house.await_end(answer.json()["id"])
-    assert run["state"]["name"] == "Completed", f"{run['state']}\n{house.log('worker')}"
-    return run
+    return house.make(small_recipe(RECIPE, parts))

@@ -85,6 +85,22 @@ class House:
             assert time.monotonic() < deadline, f"{run['state']}\n{self.log('worker')}"
             time.sleep(0.5)
 
+    def make(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """Order a run, and return it once it is done."""
+        return self.done(self.ordered(recipe))
+
+    def ordered(self, recipe: dict[str, Any]) -> str:
+        """Order a run, and return its id."""
+        answer = self.order(recipe)
+        assert answer.status_code == 201, answer.text
+        return str(answer.json()["id"])
+
+    def done(self, flow_run: str) -> dict[str, Any]:
+        """Return a run once it has ended well."""
+        run = self.await_end(flow_run)
+        assert run["state"]["name"] == "Completed", f"{run['state']}\n{self.log('worker')}"
+        return run
+
     def states(self, flow_run: str) -> dict[str, str]:
         """Return the name of each task run's state."""
         of_run = {"flow_runs": {"id": {"any_": [flow_run]}}, "limit": 200}

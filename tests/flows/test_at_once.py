@@ -23,27 +23,15 @@ def measured_only(recipe: dict[str, Any], parts: Path, seed: int) -> dict[str, A
     return small
 
 
-def ordered(house: House, recipe: dict[str, Any]) -> str:
-    answer = house.order(recipe)
-    assert answer.status_code == 201, answer.text
-    return str(answer.json()["id"])
-
-
-def ended(house: House, run: str) -> dict[str, Any]:
-    found = house.await_end(run)
-    assert found["state"]["type"] == "COMPLETED", f"{found['state']}\n{house.log('worker')}"
-    return found
-
-
 def test_two_runs_of_one_recipe_end_with_one_artifact(
     house: House, recipe: dict[str, Any], parts: Path
 ) -> None:
     same = small_recipe(recipe, parts) | {"seed": 81, "name": "twins", "publish": {"name": "twins"}}
     same["adapters"] = []
     before = {record.key for record in house.terminal.store.records()}
-    runs = [ordered(house, same) for _ in range(2)]
+    runs = [house.ordered(same) for _ in range(2)]
     for run in runs:
-        ended(house, run)
+        house.done(run)
     made = [record for record in house.terminal.store.records() if record.key not in before]
     assert Counter(record.kind for record in made)["model"] == 3  # teacher, student, quantized
     assert list(house.terminal.store.verify()) == []
@@ -53,15 +41,14 @@ def test_two_runs_of_one_recipe_end_with_one_artifact(
     assert states[0].keys() == states[1].keys()
 
 
-@pytest.mark.service
 @pytest.mark.timeout(600)
 def test_many_runs_at_once_all_end_well(house: House, recipe: dict[str, Any], parts: Path) -> None:
     first = measured_only(recipe, parts, seed=82)
-    ended(house, ordered(house, first))
+    house.make(first)
     recipes = [measured_only(recipe, parts, seed=82 + i % (FRESH + 1)) for i in range(MANY)]
-    runs = [ordered(house, each | {"name": f"many-{i}"}) for i, each in enumerate(recipes)]
+    runs = [house.ordered(each | {"name": f"many-{i}"}) for i, each in enumerate(recipes)]
     for run in runs:
-        ended(house, run)
+        house.done(run)
     stages = [house.states(run)["evaluate teacher"] for run in runs]
     assert Counter(stages)["Cached"] >= MANY // (FRESH + 1)
     assert list(house.terminal.store.verify()) == []

@@ -85,11 +85,7 @@ def locked(
 @pytest.fixture(scope="module")
 def ordered(locked: House, parts: Path) -> dict[str, Any]:
     """A run that was ordered with the login, and is done."""
-    answer = locked.order(short_recipe(parts))
-    assert answer.status_code == 201, answer.text
-    run = locked.await_end(answer.json()["id"])
-    assert run["state"]["name"] == "Completed", f"{run['state']}\n{locked.log('worker')}"
-    return run
+    return locked.make(short_recipe(parts))
 
 
 def short_recipe(parts: Path) -> dict[str, Any]:

@@ -91,11 +91,7 @@ def _make_bucket(name: str, login: dict[str, str]) -> None:
 
 @pytest.fixture(scope="module")
 def ordered(team: House, parts: Path) -> dict[str, Any]:
-    answer = team.order(short_recipe(parts))
-    assert answer.status_code == 201, answer.text
-    run = team.await_end(answer.json()["id"])
-    assert run["state"]["name"] == "Completed", f"{run['state']}\n{team.log('worker')}"
-    return run
+    return team.make(short_recipe(parts))
 
 
 def test_a_run_ordered_by_api(team: House, ordered: dict[str, Any], postgres: Postgres) -> None:

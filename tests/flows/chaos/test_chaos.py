@@ -58,7 +58,7 @@ def test_nothing_is_lost(
     name = f"chaos-{number}"
     recipe = whole_recipe | {"name": name, "publish": {"name": name}, "seed": 1000 + number}
     house, store = rooms.house, open_store(rooms.house.terminal.variables["STILLROOM_STORE"])
-    run = ordered(rooms, recipe)
+    run = house.ordered(recipe)
     before = {record.key for record in store.records()}
     await_the_middle(rooms, run, STAGES[case.stage], store)
     finished = [record for record in store.records() if record.key not in before]
@@ -75,8 +75,7 @@ def test_nothing_is_lost(
     if ended["state"]["type"] == "COMPLETED":
         assert champion(rooms, name) == "1"
 
-    again = house.await_end(ordered(rooms, recipe))
-    assert again["state"]["type"] == "COMPLETED", f"{again['state']}\n{house.log('worker')}"
+    again = house.make(recipe)
     assert [store.find(record.kind, record.key) for record in finished] == finished
     states = house.states(again["id"])
     cached = [title for title, state in states.items() if state == "Cached"]
@@ -84,12 +83,6 @@ def test_nothing_is_lost(
     assert list(store.verify()) == []
     assert champion(rooms, name) == "1", "a second version of the same artifact"
     table.append(Row(case, ended["state"]["name"], seconds, len(cached)))
-
-
-def ordered(rooms: Rooms, recipe: dict[str, Any]) -> str:
-    answer = rooms.house.order(recipe)
-    assert answer.status_code == 201, answer.text
-    return str(answer.json()["id"])
 
 
 def await_the_middle(rooms: Rooms, run: str, title: str, store: ArtifactStore) -> None:
