@@ -4,7 +4,6 @@ import subprocess
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -45,25 +44,26 @@ REQUESTS = 4
 it takes to look them up."""
 
 
-@dataclass
 class Journal:
-    """The open run of one flow run, and the stages it has gone through."""
+    """The open run of one flow run, and the stages it has gone through.
 
-    client: Any
-    parent: ParentRun
-    store: ArtifactStore
-    lineage: list[LineageEntry] = field(default_factory=list)
-    figures: dict[str, float] = field(default_factory=dict)
-    under_way: dict[str, Order] = field(default_factory=dict)
-    """Stages that have begun and are not written down as finished, by key."""
-    _cached: "list[Future[str]]" = field(default_factory=list)
-    """Cached stages that may not be written down yet."""
-    _waits_until: datetime | None = None
-    _pool: ThreadPoolExecutor = field(init=False)
+    No dataclass: Prefect walks through those that a task is called with, and this one changes
+    meanwhile.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(self, client: Any, parent: ParentRun, store: ArtifactStore) -> None:
         """Have as many writers as MLflow takes: SQLite's file has one at a time."""
-        is_file = self.client.tracking_uri.startswith("sqlite:")
+        self.client = client
+        self.parent = parent
+        self.store = store
+        self.lineage: list[LineageEntry] = []
+        self.figures: dict[str, float] = {}
+        self.under_way: dict[str, Order] = {}
+        """Stages that have begun and are not written down as finished, by key."""
+        self._cached: list[Future[str]] = []
+        """Cached stages that may not be written down yet."""
+        self._waits_until: datetime | None = None
+        is_file = client.tracking_uri.startswith("sqlite:")
         self._pool = ThreadPoolExecutor(1 if is_file else REQUESTS)
 
     @classmethod

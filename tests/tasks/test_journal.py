@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 
 import pytest
 from prefect.exceptions import Pause
+from prefect.utilities.collections import visit_collection
 
 from stillroom.errors import StageError
 from tasks.journal import Journal
@@ -114,3 +115,12 @@ def test_what_cannot_be_written_down_fails_the_run(
     with pytest.raises(StageError, match="MLflow refuses"), journal:
         pass
     assert place.client.get_run(place.parent.run_id).info.status == "FAILED"
+
+
+def test_prefect_does_not_walk_through_what_changes_meanwhile(
+    journal: Journal, place: Place
+) -> None:
+    pass_stages(journal, place, "ab", cached=True)
+    walked: list[object] = []
+    visit_collection(journal, walked.append, return_data=False)
+    assert walked == [journal]
