@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
 import stillroom.errors
 from stillroom.errors import StillroomError
@@ -21,7 +21,23 @@ from tasks.explain import explain
 ROOT = Path(__file__).parents[1]
 FAILED = 3
 GRACE_SECONDS = 5
-PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+PARENT_DEATH_SIGNAL, NAME = 1, 15  # PR_SET_PDEATHSIG and PR_SET_NAME of prctl(2)
+
+
+class Process(Protocol):
+    """A process as `subprocess` gives it, or a forked one."""
+
+    def poll(self) -> int | None:
+        """Return the exit code, or the signal as a negative number; None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return what `poll` does, at its end; TimeoutExpired after so many seconds."""
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+
+    def kill(self) -> None:
+        """End it."""
 
 
 def child_environment(threads: int) -> dict[str, str]:
@@ -36,7 +52,7 @@ def child_environment(threads: int) -> dict[str, str]:
     }
 
 
-def end_child(child: subprocess.Popen[str]) -> None:
+def end_child(child: Process) -> None:
     """End a child where the work was cancelled; its checkpoints stay."""
     if child.poll() is None:
         child.terminate()
@@ -54,6 +70,12 @@ def die_with_parent(parent: int | None) -> None:
         # It may have been killed before anyone asked to hear of it.
         if parent is not None and os.getppid() != parent:
             sys.exit(FAILED)
+
+
+def set_title(title: str) -> None:
+    """Have `ps` and `top` show this process by another name than its parent's."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(NAME, title.encode())
 
 
 @contextmanager

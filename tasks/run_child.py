@@ -10,11 +10,13 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from stillroom.errors import OutOfMemoryError, StageError, StoreError
 from stillroom.progress import Progress
 from stillroom.redaction import redact
 from tasks.child import Request
+from tasks.forks import can_fork, fork_stage
 from tasks.processes import FAILED, child_environment, end_child, error_from, last_line
 from tasks.store.record import Record
 
@@ -52,18 +54,8 @@ def _keep_log(folder: Path, log: Path) -> Path:
 
 
 def _run(folder: Path, threads: int, progress: Progress) -> int:
-    command = [sys.executable, "-m", "tasks.child", str(folder), str(os.getpid())]
-    with (
-        (folder / "stderr.log").open("wb") as log,
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            env=child_environment(threads),
-            text=True,
-        ) as child,
-    ):
+    start = fork_stage if can_fork() else _start
+    with (folder / "stderr.log").open("wb") as log, start(folder, threads, log) as child:
         try:
             assert child.stdout is not None
             for line in child.stdout:
@@ -72,6 +64,17 @@ def _run(folder: Path, threads: int, progress: Progress) -> int:
             return child.wait()
         finally:
             end_child(child)
+
+
+def _start(folder: Path, threads: int, log: BinaryIO) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "tasks.child", str(folder), str(os.getpid())],
+        stdout=subprocess.PIPE,
+        stderr=log,
+        stdin=subprocess.DEVNULL,
+        env=child_environment(threads),
+        text=True,
+    )
 
 
 @contextlib.contextmanager

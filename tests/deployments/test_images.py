@@ -76,7 +76,7 @@ def test_the_project_installs_itself(tmp_path: Path) -> None:
 def test_what_is_copied_suffices(tmp_path: Path) -> None:
     copied = _copy(DOCKERFILES[0], tmp_path)
     flows = sorted(file.stem for file in (ROOT / "flows").glob("*.py") if file.stem != "__main__")
-    imports = ", ".join([*(f"flows.{name}" for name in flows), "tasks.set_up", "tasks.child"])
+    imports = ", ".join([*(f"flows.{name}" for name in flows), "tasks.set_up", "tasks.fork_server"])
     code = f"import sys; sys.path[:0] = [{str(copied)!r}]; import {imports}; print(flows.__file__)"
     said = _run(f'python -W ignore -P -c "{code}"', copied, PYTHONPATH=str(copied / "compression"))
     assert str(copied) in said

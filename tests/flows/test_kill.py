@@ -16,6 +16,7 @@ from stillroom.cli import main as stillroom
 from tasks.store.partial import StoreCheckpoints
 from tasks.store.record import Record
 from tests.flows.terminal import Terminal, assert_done, assert_refused, assert_sound
+from tests.stage_processes import is_stage
 
 pytestmark = pytest.mark.integration
 Open = Callable[..., Terminal]
@@ -68,23 +69,15 @@ def kill_in_the_middle(user: Terminal, pieces: Pieces) -> None:
         )
     try:
         _until(lambda: len(pieces.names()) >= 2 or flow.poll() is not None, pause=0.0005)
-        workers = [child for child in psutil.Process(flow.pid).children() if _works(child)]
+        stages = list(filter(is_stage, psutil.Process(flow.pid).children(recursive=True)))
         os.kill(flow.pid, signal.SIGKILL)
     finally:
         flow.kill()
         flow.wait(WAIT_SECONDS)
     assert flow.returncode == -signal.SIGKILL, (user.folder / "killed.log").read_text()
-    assert workers, "the stage had ended already"
-    # The worker dies with its flow: a rerun must not meet it.
-    _until(lambda: not any(_works(child) for child in workers))
-
-
-def _works(process: psutil.Process) -> bool:
-    try:
-        alive = process.status() != psutil.STATUS_ZOMBIE
-        return alive and "tasks.child" in process.cmdline()
-    except psutil.NoSuchProcess:
-        return False
+    assert stages, "the stage had ended already"
+    # A stage dies with its flow: a rerun must not meet it.
+    _until(lambda: not any(map(is_stage, stages)))
 
 
 def _until(condition: Callable[[], bool], pause: float = 0.02) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.flows.house import House, small_recipe
 from tests.flows.terminal import Terminal, assert_refused
+from tests.stage_processes import is_stage
 
 pytestmark = pytest.mark.integration
 WAIT_SECONDS, CANCEL_SECONDS = 240, 10
@@ -84,10 +85,15 @@ class Pool:
         again: str = self.house.ask("POST", path, parameters)["id"]
         return again
 
-    def kill(self, run: str, module: str) -> None:
-        """Kill a process of a run as the kernel does when memory has run out."""
-        (victim,) = [pid for pid, each in self.processes(run).items() if module in each]
-        os.kill(victim, signal.SIGKILL)
+    def kill_stage(self, run: str) -> None:
+        """Kill the stage of a run as the kernel does when memory has run out."""
+        (stage,) = [each for each in map(psutil.Process, self.processes(run)) if is_stage(each)]
+        stage.kill()
+
+    def kill_flow(self, run: str) -> None:
+        """Kill the process that Prefect runs a flow in."""
+        (flow,) = [pid for pid, each in self.processes(run).items() if "prefect.engine" in each]
+        os.kill(flow, signal.SIGKILL)
 
 
 def order(house: House, recipe: dict[str, Any]) -> str:
@@ -127,7 +133,7 @@ def test_interrupted_stages_go_on_in_the_gpu_pool(
     last = pool.checkpoints()[-1]
     run = order(house, asked)
     killed = pool.await_work(STUDENT, not_in=[cancelled], beyond=last)
-    pool.kill(killed, "tasks.child")
+    pool.kill_stage(killed)
     for ended in (house.await_end(killed), house.await_end(run)):
         assert ended["state"]["name"] == "Failed"
         assert "distil student was killed by the operating system" in ended["state"]["message"]
@@ -139,7 +145,7 @@ def test_interrupted_stages_go_on_in_the_gpu_pool(
     run = order(house, asked)
     lost = pool.await_work(STUDENT, not_in=[cancelled, killed], beyond=last)
     twin = pool.order_again(lost)
-    pool.kill(lost, "prefect.engine")
+    pool.kill_flow(lost)
     assert house.await_end(lost)["state"]["type"] == "CRASHED"
     assert house.await_end(twin)["state"]["name"] == "Completed"
     assert house.await_end(run)["state"]["name"] == "Completed", house.log("gpu-worker-0")

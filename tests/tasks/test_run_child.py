@@ -18,6 +18,7 @@ from tasks.processes import FAILED, ROOT
 from tasks.run_child import run_child
 from tasks.sources import Source
 from tasks.stages import IMPORT_MODEL, Order
+from tests.stage_processes import is_stage
 
 SECTION = {"dtype": "float32", "trust_remote_code": False, "task": "causal_lm"}
 
@@ -43,8 +44,8 @@ def test_a_killed_child_is_named_as_short_of_memory(tmp_path: Path) -> None:
     def kill_the_child() -> None:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            for child in psutil.Process().children():
-                if "tasks.child" in " ".join(child.cmdline()):
+            for child in psutil.Process().children(recursive=True):
+                if is_stage(child):
                     os.kill(child.pid, signal.SIGKILL)
                     return
             time.sleep(0.01)

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import psutil
 
 from tests.flows.house import House
+from tests.stage_processes import is_fork_server, is_stage
 
 Victim = Literal[
     "flow process",
@@ -91,11 +92,15 @@ class Rooms:
 
     def flow_processes(self, run: str) -> list[psutil.Process]:
         """Return the processes of a run, of whatever kind, but for those of its stages."""
-        return [each for each in self._processes_of(run) if "tasks.child" not in each.cmdline()]
+        return [
+            each
+            for each in self._processes_of(run)
+            if not is_stage(each) and not is_fork_server(each)
+        ]
 
     def works(self, run: str) -> bool:
         """Return whether a stage of the run has a process at work."""
-        return any("tasks.child" in each.cmdline() for each in self._processes_of(run))
+        return any(map(is_stage, self._processes_of(run)))
 
     def lives(self, run: str) -> bool:
         """Return whether anything of the run has a process."""
