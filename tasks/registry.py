@@ -9,13 +9,15 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stillroom.checkpoint import files_below
 from stillroom.contents import BaseReference, Contents, Kind, Task, list_files
 from stillroom.errors import CorruptedError, MismatchError, SourceError
-from stillroom.pull import ATTEMPTS, reaching
+from stillroom.pull import ATTEMPTS, Version, download, reaching
 from tasks.model_lock import model_lock
 from tasks.tracking import TAG_KEY, TAG_KIND
 
@@ -28,6 +30,8 @@ TAG_LICENCE = "stillroom.licence"
 TAG_TASK = "stillroom.task"
 
 READY_SECONDS = 600
+UPLOADS = 8
+"""Files of a version that are on their way at once."""
 
 
 @dataclass(frozen=True)
@@ -204,8 +208,8 @@ def _upload(client: Any, candidate: Candidate, contents: Contents) -> Any:
     scratch = Path(tempfile.mkdtemp(prefix="stillroom-"))
     try:
         write_package(scratch / "package", contents, logged, candidate.run_id)
-        client.log_model_artifacts(logged.model_id, str(candidate.folder), "artifacts/model")
-        client.log_model_artifacts(logged.model_id, str(scratch / "package"))
+        _log_files(client, logged.model_id, candidate.folder, Path("artifacts/model"))
+        _log_files(client, logged.model_id, scratch / "package", Path())
         _log_metrics(client, candidate, logged.model_id)
     except BaseException:
         client.finalize_logged_model(logged.model_id, "FAILED")
@@ -213,6 +217,17 @@ def _upload(client: Any, candidate: Candidate, contents: Contents) -> Any:
     finally:
         shutil.rmtree(scratch)
     return client.finalize_logged_model(logged.model_id, "READY")
+
+
+def _log_files(client: Any, model_id: str, folder: Path, place: Path) -> None:
+    """Upload what lies below a folder; MLflow's own call has one file wait for the other."""
+
+    def upload(file: Path) -> None:
+        parent = (place / file.relative_to(folder)).parent.as_posix()
+        client.log_model_artifact(model_id, str(file), None if parent == "." else parent)
+
+    with ThreadPoolExecutor(UPLOADS) as pool:
+        list(pool.map(upload, files_below(folder)))
 
 
 def _log_metrics(client: Any, candidate: Candidate, model_id: str) -> None:
@@ -244,23 +259,16 @@ def _version_tags(candidate: Candidate, contents: Contents) -> dict[str, str]:
 
 
 def _listed(client: Any, registered: Registered, scratch: Path) -> Contents:
-    from mlflow.artifacts import download_artifacts
-
     from stillroom.contents import LISTING, read_contents
 
     with reaching(client.tracking_uri):
         version = client.get_model_version(registered.name, registered.version)
-        uri = client.get_model_version_download_uri(registered.name, registered.version)
-        for _ in range(ATTEMPTS):
-            file = download_artifacts(
-                artifact_uri=f"{uri}/artifacts/{LISTING}",
-                dst_path=str(scratch),
-                tracking_uri=client.tracking_uri,
-            )
-            with contextlib.suppress(CorruptedError):  # not as it was listed: asked for again
-                contents = read_contents(Path(file))
-                if contents.sha256() == version.tags.get(TAG_CONTENT):
-                    return contents
+    place = Version(registered.name, registered.version)
+    for _ in range(ATTEMPTS):
+        with contextlib.suppress(CorruptedError):  # not as it was listed: asked for again
+            contents = read_contents(download(client, place, f"artifacts/{LISTING}", scratch))
+            if contents.sha256() == version.tags.get(TAG_CONTENT):
+                return contents
     raise CorruptedError(
         f"{registered.uri}: its {LISTING} does not list what was registered, {ATTEMPTS} times; "
         "register the model again"

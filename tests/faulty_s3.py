@@ -1,4 +1,4 @@
-"""An S3 server on a bad day: a proxy before a real one that refuses, dawdles and changes bytes."""
+"""An S3 server on a bad day: a proxy before one that refuses, dawdles, changes and cuts answers."""
 
 import contextlib
 import http.client
@@ -37,7 +37,7 @@ def faulty(behind: S3Server) -> Iterator[FaultyS3]:
     def fate() -> str:
         with lock:
             drawn = chance.randrange(ONE_IN)
-            return {0: "503", 1: "slow", 2: "wrong"}.get(drawn, "fine")
+            return {0: "503", 1: "slow", 2: "wrong", 3: "cut"}.get(drawn, "fine")
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -54,13 +54,13 @@ def faulty(behind: S3Server) -> Iterator[FaultyS3]:
             if fault == "wrong" and is_content and content:
                 at = chance.randrange(len(content))
                 content = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
-            elif fault == "wrong":
+            elif fault in ("wrong", "cut") and not (is_content and content):
                 fault = "fine"
             if fault == "slow":
                 time.sleep(SLOW_SECONDS)
             with lock:
                 done[fault] += 1
-            self.reply(status, headers, content)
+            self.reply(status, headers, content, cut=fault == "cut")
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
 
@@ -79,7 +79,9 @@ def faulty(behind: S3Server) -> Iterator[FaultyS3]:
             finally:
                 there.close()
 
-        def reply(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
+        def reply(
+            self, status: int, headers: list[tuple[str, str]], content: bytes, *, cut: bool
+        ) -> None:
             self.send_response_only(status)
             length = str(len(content))
             for name, value in headers:
@@ -89,6 +91,8 @@ def faulty(behind: S3Server) -> Iterator[FaultyS3]:
                     length = value
             self.send_header("Content-Length", length)
             self.end_headers()
+            if cut:
+                content, self.close_connection = content[: len(content) // 2], True
             self.wfile.write(content)
 
         def log_message(self, *_: object) -> None:

@@ -25,6 +25,8 @@ from stillroom.redaction import redact
 ATTEMPTS = 4
 # How MLflow words a request that got no answer; its error codes do not tell.
 _NO_ANSWER = ("failed with exception", "Max retries exceeded", "Connection refused")
+# How botocore words that an answer's checksum is another than that of its content.
+_WRONG_BYTES = "did not match calculated checksum"
 
 
 @dataclass(frozen=True)
@@ -112,25 +114,37 @@ def fetch(client: Any, version: Version, folder: Path) -> Contents:
 
 
 def _fetch(client: Any, version: Version, folder: Path) -> Contents:
+    raw = folder.with_name(f"{folder.name}.raw")
+    shutil.rmtree(raw, ignore_errors=True)  # of an earlier attempt
+    found = download(client, version, "artifacts", raw)
+    if not (found / LISTING).exists():
+        raise SourceError(
+            f"{version} holds no {LISTING}: expected a model that Stillroom registered"
+        )
+    contents = read_contents(found / LISTING)
+    verify_files(found / "model", contents.files, str(version))
+    (found / "model").rename(folder)
+    shutil.rmtree(raw)
+    return contents
+
+
+def download(client: Any, version: Version, path: str, folder: Path) -> Path:
+    """Write a file or folder of a registered version below `folder`; return where it lies.
+
+    Raises:
+        ServiceUnreachableError: MLflow does not answer.
+        StoreError: where the files lie, they cannot be fetched.
+        CorruptedError: S3 says that something else was stored than what came.
+    """
     from mlflow.artifacts import download_artifacts
 
     with reaching(client.tracking_uri):
         uri = client.get_model_version_download_uri(version.name, version.version)
-    raw = folder.with_name(f"{folder.name}.raw")
-    shutil.rmtree(raw, ignore_errors=True)  # of an earlier attempt
     with _fetching(version):
         found = download_artifacts(
-            artifact_uri=f"{uri}/artifacts", dst_path=str(raw), tracking_uri=client.tracking_uri
+            artifact_uri=f"{uri}/{path}", dst_path=str(folder), tracking_uri=client.tracking_uri
         )
-    if not (Path(found) / LISTING).exists():
-        raise SourceError(
-            f"{version} holds no {LISTING}: expected a model that Stillroom registered"
-        )
-    contents = read_contents(Path(found) / LISTING)
-    verify_files(Path(found) / "model", contents.files, str(version))
-    (Path(found) / "model").rename(folder)
-    shutil.rmtree(raw)
-    return contents
+    return Path(found)
 
 
 def fetch_base(client: Any, base: BaseReference, folder: Path) -> None:
@@ -272,13 +286,16 @@ def _fetching(version: Version) -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError, ImportError) as error:
-        raise StoreError(
+        kind = CorruptedError if _WRONG_BYTES in str(error) else StoreError
+        raise kind(
             f"the files of {version} cannot be fetched: {' '.join(str(error).split())[:300]}"
         ) from error
     except Exception as error:
         # botocore is an extra: its errors can only be told by where they come from.
         if type(error).__module__.partition(".")[0] not in ("botocore", "boto3", "s3transfer"):
             raise
+        if _WRONG_BYTES in str(error):
+            raise CorruptedError(f"the files of {version} came changed: {error}") from error
         raise StoreUnreachableError(
             f"the files of {version} cannot be fetched from S3: {error}; check the network and "
             "the credentials"

@@ -27,6 +27,10 @@ class Backend(Protocol):
     def url(self) -> str:
         """The store's address, as people write it."""
 
+    @property
+    def requests(self) -> int:
+        """How many files are worth asking for at once."""
+
     def get(self, name: str, target: Path, *, share: bool = False) -> bool:
         """Write an object to the file `target`; return False where there is none.
 

@@ -30,6 +30,11 @@ class LocalBackend:
         """The folder as a file:// address."""
         return self.root.as_uri()
 
+    @property
+    def requests(self) -> int:
+        """One: a disk makes nobody wait for an answer."""
+        return 1
+
     def get(self, name: str, target: Path, *, share: bool = False) -> bool:
         """Write an object to the file `target`; return False where there is none."""
         source = self.root / name

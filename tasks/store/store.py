@@ -2,10 +2,11 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from pydantic import ValidationError
@@ -18,6 +19,9 @@ from tasks.store.local import LocalBackend
 from tasks.store.partial import StoreCheckpoints
 from tasks.store.record import Record, StoredFile, blob_name, manifest_name
 from tasks.store.verify import REPAIR, Problem, find_problems
+
+F = TypeVar("F")
+R = TypeVar("R")
 
 
 def open_store(url: str) -> "ArtifactStore":
@@ -103,7 +107,7 @@ class ArtifactStore:
             StoreError: there is no file, or the store cannot be written.
         """
         with self.lease(key):
-            files = tuple(self._put(path, folder) for path in files_below(folder))
+            files = tuple(self._each(files_below(folder), lambda path: self._put(path, folder)))
             if not files:
                 raise StoreError(f"an artifact needs at least one file: {folder} holds none")
             record = Record(
@@ -141,15 +145,7 @@ class ArtifactStore:
         for lease in self._leases:
             lease.add(record.key)
         folder.mkdir(parents=True, exist_ok=True)
-        for file in record.files:
-            target = folder / file.path
-            if not self.backend.get(blob_name(file.sha256), target, share=True):
-                raise self._corrupted(record, file, "it is missing")
-            size = target.stat().st_size
-            if size != file.size:
-                raise self._corrupted(record, file, f"{size} bytes instead of {file.size}")
-            if sha256_of(target) != file.sha256:
-                raise self._corrupted(record, file, "its content has changed")
+        self._each(record.files, lambda file: self._fetch(record, file, folder / file.path))
         return folder
 
     def read_file(self, record: Record, path: str) -> bytes | None:
@@ -202,6 +198,22 @@ class ArtifactStore:
                 yield
             finally:
                 self._leases.remove(lease)
+
+    def _each(self, files: Iterable[F], do: Callable[[F], R]) -> list[R]:
+        """Do something with every file, with several at once where answers take their time."""
+        if self.backend.requests == 1:
+            return [do(file) for file in files]
+        with ThreadPoolExecutor(self.backend.requests) as pool:
+            return list(pool.map(do, files))
+
+    def _fetch(self, record: Record, file: StoredFile, target: Path) -> None:
+        if not self.backend.get(blob_name(file.sha256), target, share=True):
+            raise self._corrupted(record, file, "it is missing")
+        size = target.stat().st_size
+        if size != file.size:
+            raise self._corrupted(record, file, f"{size} bytes instead of {file.size}")
+        if sha256_of(target) != file.sha256:
+            raise self._corrupted(record, file, "its content has changed")
 
     def _put(self, path: Path, folder: Path) -> StoredFile:
         sha256 = sha256_of(path)
