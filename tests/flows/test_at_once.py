@@ -1,4 +1,4 @@
-"""Runs at the same time on one server: of one recipe, and of many."""
+"""Runs at the same time on one server: of one recipe, and of many that wait for one another."""
 
 from collections import Counter
 from pathlib import Path
@@ -7,20 +7,9 @@ from typing import Any
 import pytest
 
 from tests.flows.house import House, small_recipe
-
-MANY = 20
-FRESH = 4
-"""So many of them make something, the others find it Cached."""
+from tests.flows.many import order_many
 
 pytestmark = [pytest.mark.integration, pytest.mark.service]
-
-
-def measured_only(recipe: dict[str, Any], parts: Path, seed: int) -> dict[str, Any]:
-    """Return a recipe that measures the teacher, and does no more."""
-    small = small_recipe(recipe, parts) | {"seed": seed, "adapters": []}
-    for section in ("distillation", "quantization", "publish"):
-        del small[section]
-    return small
 
 
 def test_two_runs_of_one_recipe_end_with_one_artifact(
@@ -42,13 +31,7 @@ def test_two_runs_of_one_recipe_end_with_one_artifact(
 
 
 @pytest.mark.timeout(600)
-def test_many_runs_at_once_all_end_well(house: House, recipe: dict[str, Any], parts: Path) -> None:
-    first = measured_only(recipe, parts, seed=82)
-    house.make(first)
-    recipes = [measured_only(recipe, parts, seed=82 + i % (FRESH + 1)) for i in range(MANY)]
-    runs = [house.ordered(each | {"name": f"many-{i}"}) for i, each in enumerate(recipes)]
-    for run in runs:
-        house.done(run)
-    stages = [house.states(run)["evaluate teacher"] for run in runs]
-    assert Counter(stages)["Cached"] >= MANY // (FRESH + 1)
-    assert list(house.terminal.store.verify()) == []
+def test_of_many_runs_some_wait_and_all_end_well(
+    house: House, recipe: dict[str, Any], parts: Path
+) -> None:
+    order_many(house, recipe, parts, seed=82)

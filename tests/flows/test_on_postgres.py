@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.flows.house import House, open_house, processes_of, start
+from tests.flows.many import MANY, order_many
 from tests.flows.terminal import assert_done
 from tests.flows.test_logins import SHORT, short_recipe, write_settings
 from tests.servers import POSTGRES_PROGRAMS, Postgres, S3Server, postgres_server, rgw_is_installed
@@ -64,6 +65,7 @@ def team(
         "STILLROOM_STORE": f"s3://{bucket}/store",
         "STILLROOM_MLFLOW_ARTIFACTS": f"s3://{bucket}/mlflow",
         "STILLROOM_DATA_ROOTS": str(parts),
+        "STILLROOM_RUNS_AT_ONCE": str(MANY),
     }
     lines = (f"{name}='{value}'\n" for name, value in settings.items())
     write_settings(terminal, "".join(lines))
@@ -163,6 +165,11 @@ def test_the_champion_loads(team: House, ordered: dict[str, Any], tmp_path: Path
 
 def test_a_terminal_finds_what_was_made(team: House, ordered: dict[str, Any]) -> None:
     assert_done(team.terminal.compress(), tuple(SHORT))
+
+
+@pytest.mark.timeout(600)
+def test_many_runs_at_once_all_end_well(team: House, recipe: dict[str, Any], parts: Path) -> None:
+    order_many(team, recipe, parts, seed=82)
 
 
 def test_no_password_lies_in_the_home_or_in_a_database(
