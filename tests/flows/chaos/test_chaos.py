@@ -24,6 +24,15 @@ STAGES = {
     "quantization": "quantize",
     "upload": "register",
 }
+# `make test-service`, and so CI, has one case for each victim.
+SHORT = {
+    Case("flow process", "distillation"),
+    Case("worker", "quantization"),
+    Case("flow process and worker", "teacher cache"),
+    Case("Prefect server", "distillation"),
+    Case("MLflow server", "upload"),
+    Case("S3 server", "teacher cache"),
+}
 GONE_SECONDS = 10.0
 TRUE_SECONDS = 120.0
 WAIT_SECONDS = 240.0
@@ -35,11 +44,11 @@ pytestmark = [
 ]
 CASES = [
     pytest.param(
-        Case(victim, stage),
-        id=f"{victim}, {stage}".replace(" ", "-"),
+        case,
+        id=f"{case.victim}, {case.stage}".replace(" ", "-"),
+        marks=[pytest.mark.service] if case in SHORT else [],
     )
-    for victim in VICTIMS
-    for stage in STAGES
+    for case in (Case(victim, stage) for victim in VICTIMS for stage in STAGES)
 ]
 
 
