@@ -9,35 +9,15 @@ from typing import Any
 
 import pytest
 
-from tests.flows.house import House, open_house, processes_of, small_recipe, start
+from tests.flows.house import RECIPE, House, open_house, processes_of, small_recipe, start
+from tests.flows.team import DATABASE_PASSWORD, furnish, move_into
 from tests.flows.terminal import Terminal, assert_done, move_in
-from tests.servers import prefect_server
+from tests.servers import Postgres, S3Server, postgres_server, prefect_server
 
 SENTENCE = (
     "the cat sat on a mat and saw old blue hills far away from home while rain fell softly over "
     "green fields where nobody had walked since winter came down upon them all"
 )
-# Many small portions of work: a kill lands in the middle of them.
-RECIPE: dict[str, Any] = {
-    "name": "tiny",
-    "teacher": {"source": "teacher"},
-    "data": {
-        "train": {"source": "text.jsonl"},
-        "sequence_length": 32,
-        "max_train_tokens": 8192,
-        "max_evaluation_tokens": 512,
-        "calibration_rows": 64,
-    },
-    "distillation": {
-        "student": {"layers": 6},
-        "cache": {"rows_per_shard": 2},
-        "training": {"batch_rows": 2, "checkpoint_every_steps": 4, "learning_rate": 0.001},
-    },
-    "quantization": {"bits": 4, "group_size": 32},
-    "evaluation": {"prefill_tokens": 8, "decode_tokens": 2, "repeats": 2},
-    "publish": {"name": "tiny"},
-    "execution": {"threads": 1},
-}
 
 
 @pytest.fixture
@@ -131,3 +111,24 @@ def house(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> Iterator[Hou
 def ordered(house: House, parts: Path) -> dict[str, Any]:
     """The first run of the small recipe, ordered from the server and done by the worker."""
     return house.make(small_recipe(RECIPE, parts))
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    with postgres_server(DATABASE_PASSWORD) as server:
+        for name in ("prefect", "mlflow"):
+            server.run("createdb", name)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def team(
+    tmp_path_factory: pytest.TempPathFactory, parts: Path, postgres: Postgres, ceph: S3Server
+) -> Iterator[House]:
+    """What `make up` starts for a team: PostgreSQL, logins, S3, a worker of each kind."""
+    terminal = furnish(tmp_path_factory.mktemp("team"), parts, postgres, ceph)
+    try:
+        yield move_into(terminal)
+    finally:
+        assert terminal.type("down").returncode == 0
+        assert processes_of(terminal.home) == []

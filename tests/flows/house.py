@@ -16,6 +16,27 @@ OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 RUN_SECONDS = 180
 UP_SECONDS = 240
 BUSY_SECONDS = 20
+# Many small portions of work: a kill lands in the middle of them.
+RECIPE: dict[str, Any] = {
+    "name": "tiny",
+    "teacher": {"source": "teacher"},
+    "data": {
+        "train": {"source": "text.jsonl"},
+        "sequence_length": 32,
+        "max_train_tokens": 8192,
+        "max_evaluation_tokens": 512,
+        "calibration_rows": 64,
+    },
+    "distillation": {
+        "student": {"layers": 6},
+        "cache": {"rows_per_shard": 2},
+        "training": {"batch_rows": 2, "checkpoint_every_steps": 4, "learning_rate": 0.001},
+    },
+    "quantization": {"bits": 4, "group_size": 32},
+    "evaluation": {"prefill_tokens": 8, "decode_tokens": 2, "repeats": 2},
+    "publish": {"name": "tiny"},
+    "execution": {"threads": 1},
+}
 STAGES = [
     "import teacher",
     "prepare data",
@@ -29,6 +50,13 @@ STAGES = [
     "train adapter law",
     "evaluate quantized student on law",
     "evaluate quantized student + law on law",
+]
+SHORT = [
+    "import teacher",
+    "prepare data",
+    "quantize",
+    "evaluate teacher",
+    "evaluate quantized teacher",
 ]
 
 
@@ -144,6 +172,20 @@ def small_recipe(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
         }
     ]
     return small
+
+
+def short_recipe(parts: Path) -> dict[str, Any]:
+    """Return the small recipe without a student and an adapter."""
+    recipe = small_recipe(RECIPE, parts)
+    return {name: recipe[name] for name in recipe if name not in ("distillation", "adapters")}
+
+
+def write_settings(terminal: Terminal, text: str, mode: int = 0o600) -> Path:
+    terminal.home.mkdir(exist_ok=True)
+    path = terminal.home / "settings.env"
+    path.write_text(text)
+    path.chmod(mode)
+    return path
 
 
 def open_house(folder: Path) -> Terminal:

@@ -12,8 +12,7 @@ import pytest
 
 from tasks.registry import Candidate, register_base
 from tasks.tracking import connect
-from tests.flows.conftest import RECIPE
-from tests.flows.house import OVER, RUN_SECONDS, House, small_recipe
+from tests.flows.house import OVER, RECIPE, RUN_SECONDS, House, small_recipe
 from tests.flows.terminal import Terminal, assert_done, assert_refused
 
 STAGES = [

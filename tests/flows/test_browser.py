@@ -1,4 +1,4 @@
-"""A browser in which someone orders a run, approves of what came of it, and finds it registered.
+"""A browser in which someone of a team orders a run, approves of it, and finds it registered.
 
 With STILLROOM_SCREENSHOTS set to a folder, what was seen is left there.
 """
@@ -14,6 +14,7 @@ import yaml
 from playwright.sync_api import Page, expect, sync_playwright
 
 from tests.flows.house import RUN_SECONDS, House, small_recipe
+from tests.flows.team import NEEDS, PASSWORD, USER
 
 BROWSER = shutil.which("chromium")
 OPTIONS = [
@@ -29,15 +30,18 @@ PATIENCE = 30_000  # milliseconds
 
 pytestmark = [
     pytest.mark.integration,
+    *NEEDS,
     pytest.mark.skipif(BROWSER is None, reason="Debian's chromium is not installed"),
 ]
 
 
 @pytest.fixture
-def page() -> Iterator[Page]:
+def page(team: House) -> Iterator[Page]:
+    """A window in which MLflow's login is typed where it is asked for."""
+    login = {"username": USER, "password": PASSWORD, "origin": team.mlflow}
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=OPTIONS)
-        opened = browser.new_page(viewport={"width": 1280, "height": 900})
+        opened = browser.new_page(viewport={"width": 1280, "height": 900}, http_credentials=login)
         opened.set_default_timeout(PATIENCE)
         yield opened
         browser.close()
@@ -46,15 +50,18 @@ def page() -> Iterator[Page]:
 @pytest.mark.service
 @pytest.mark.timeout(600)
 def test_order_approve_and_find(
-    house: House, page: Page, recipe: dict[str, Any], parts: Path
+    team: House, page: Page, recipe: dict[str, Any], parts: Path
 ) -> None:
     small = small_recipe(recipe, parts) | {"name": "clicked", "seed": 91, "adapters": []}
     small["publish"] = {"name": "clicked", "approval": True}
     del small["distillation"]
-    folder = Path(house.terminal.variables["STILLROOM_RECIPES"])
-    (folder / "clicked.yaml").write_text(yaml.safe_dump(small, sort_keys=False))
+    (team.terminal.folder / "recipes" / "clicked.yaml").write_text(
+        yaml.safe_dump(small, sort_keys=False)
+    )
 
-    page.goto(f"{house.prefect}/deployments")
+    page.goto(f"{team.prefect}/deployments")
+    page.locator("input[type=password]").fill(f"{USER}:{PASSWORD}")
+    page.get_by_role("button", name="Login").click()
     page.get_by_role("link", name="compress-named").first.click()
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_text("Custom run").click()
@@ -64,8 +71,8 @@ def test_order_approve_and_find(
     page.get_by_role("button", name="Submit").click()
 
     page.get_by_text("compress-named").first.wait_for()
-    run = newest(house)
-    page.goto(f"{house.prefect}/runs/flow-run/{run}")
+    run = newest(team)
+    page.goto(f"{team.prefect}/runs/flow-run/{run}")
     page.get_by_text("Suspended", exact=True).first.wait_for(timeout=1000 * RUN_SECONDS)
     page.get_by_role("button", name="Resume", exact=True).click()
     question = page.get_by_role("dialog")
@@ -80,7 +87,7 @@ def test_order_approve_and_find(
     expect(page.get_by_text("report-page").last).to_be_visible()
     keep(page, "artifacts")
 
-    page.goto(f"{house.mlflow}/#/models/clicked/versions/1")
+    page.goto(f"{team.mlflow}/#/models/clicked/versions/1")
     for text in ("champion", "stillroom.approval", "approved", "looks right", "stillroom.gates"):
         expect(page.get_by_text(text).first).to_be_attached()
     keep(page, "registered")

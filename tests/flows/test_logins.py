@@ -13,8 +13,15 @@ import httpx
 import pytest
 import websockets
 
-from tests.flows.conftest import RECIPE
-from tests.flows.house import House, open_house, processes_of, small_recipe, start
+from tests.flows.house import (
+    SHORT,
+    House,
+    open_house,
+    processes_of,
+    short_recipe,
+    start,
+    write_settings,
+)
 from tests.flows.terminal import Terminal, assert_done, assert_refused
 from tests.servers import S3Server
 
@@ -30,13 +37,6 @@ KEY_ID, SECRET_KEY, ENDPOINT_PASSWORD, TOKEN = (
 SECRETS = [PASSWORD, KEY_ID, SECRET_KEY, ENDPOINT_PASSWORD, TOKEN]
 BUCKET, PREFIX = "locked", "some/prefix"
 PUBLIC = ("/health", "/ready", "/static", "/favicon.ico", "/mlflow/server-info", "/version")
-SHORT = [
-    "import teacher",
-    "prepare data",
-    "quantize",
-    "evaluate teacher",
-    "evaluate quantized teacher",
-]
 
 
 @pytest.fixture(scope="module")
@@ -86,20 +86,6 @@ def locked(
 def ordered(locked: House, parts: Path) -> dict[str, Any]:
     """A run that was ordered with the login, and is done."""
     return locked.make(short_recipe(parts))
-
-
-def short_recipe(parts: Path) -> dict[str, Any]:
-    """Return the small recipe without a student and an adapter."""
-    recipe = small_recipe(RECIPE, parts)
-    return {name: recipe[name] for name in recipe if name not in ("distillation", "adapters")}
-
-
-def write_settings(terminal: Terminal, text: str, mode: int = 0o600) -> Path:
-    terminal.home.mkdir(exist_ok=True)
-    path = terminal.home / "settings.env"
-    path.write_text(text)
-    path.chmod(mode)
-    return path
 
 
 def test_prefect_lets_nobody_in_without_the_login(locked: House) -> None:

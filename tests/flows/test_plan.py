@@ -9,7 +9,7 @@ import pytest
 from flows.plan import PlannedStage, plan, print_plan
 from stillroom.config import load_recipe, validate
 from tasks.store.store import open_store
-from tests.flows.conftest import RECIPE
+from tests.flows.house import RECIPE
 from tests.flows.terminal import ROOT
 
 FOLLOWS_QUANTIZATION = {"quantize", "evaluate quantized student"}

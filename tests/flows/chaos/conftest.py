@@ -8,8 +8,7 @@ import pytest
 
 from tests.flows.chaos.table import Row, write_table
 from tests.flows.chaos.victims import Rooms
-from tests.flows.conftest import RECIPE
-from tests.flows.house import open_house, processes_of, start
+from tests.flows.house import RECIPE, open_house, processes_of, start
 from tests.flows.terminal import ROOT
 from tests.servers import S3Server, rgw_server
 
