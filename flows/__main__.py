@@ -110,7 +110,7 @@ def _run_until(recipe: Any, until: Any) -> int:
     os.environ.update(Settings().environment())
     _require_server(recipe.execution)
     from flows.make_part import make_part
-    from tasks.logins import logging_in
+    from tasks.servers.logins import logging_in
 
     with logging_in():
         state: Any = make_part(recipe, until, return_state=True)
@@ -129,7 +129,7 @@ def _run(recipe: Any) -> int:
     os.environ.update(settings.environment())
     _require_server(recipe.execution)
     from flows.compress import compress
-    from tasks.logins import logging_in
+    from tasks.servers.logins import logging_in
 
     with logging_in():
         state: Any = compress(recipe, return_state=True)
@@ -158,7 +158,7 @@ def _measure_dimension(options: argparse.Namespace) -> int:
     os.environ.update(settings.environment())
     _require_server(recipe.execution)
     from flows.measure_intrinsic_dimension import measure_intrinsic_dimension
-    from tasks.logins import logging_in
+    from tasks.servers.logins import logging_in
 
     with logging_in():
         state: Any = measure_intrinsic_dimension(recipe, return_state=True)
@@ -218,7 +218,7 @@ def _schema(options: argparse.Namespace) -> int:
 
 
 def _up(options: argparse.Namespace) -> int:
-    from tasks.services import start_services
+    from tasks.servers.services import start_services
     from tasks.settings import Settings
 
     settings = Settings()
@@ -231,7 +231,7 @@ def _up(options: argparse.Namespace) -> int:
 
 
 def _down(options: argparse.Namespace) -> int:
-    from tasks.services import stop_services
+    from tasks.servers.services import stop_services
     from tasks.settings import Settings
 
     stop_services(Settings(), print)

@@ -17,7 +17,7 @@ from typing import Any, cast
 import psutil
 import pytest
 
-from tasks.automations import AUTOMATIONS, NOTIFICATIONS, listed
+from tasks.servers.automations import AUTOMATIONS, NOTIFICATIONS, listed
 from tests.flows.house import House, open_house, small_recipe, start
 from tests.flows.terminal import ROOT
 
@@ -74,7 +74,7 @@ def test_a_run_that_lost_its_process_and_its_worker_becomes_crashed(
         with _webhook() as (webhook, said), _post_office() as (address, mails):
             _prefect(house, "-c", BLOCKS, webhook, address)
             assert _names(house) == ["stillroom-lost-runs", "stillroom-unstarted-runs"]
-            assert "are there" in _prefect(house, "-m", "tasks.set_up")
+            assert "are there" in _prefect(house, "-m", "tasks.servers.set_up")
             ours = ["lost-runs", "mail", "unstarted-runs", "webhook"]
             assert _names(house) == [f"stillroom-{name}" for name in ours]
 

@@ -76,7 +76,9 @@ def test_the_project_installs_itself(tmp_path: Path) -> None:
 def test_what_is_copied_suffices(tmp_path: Path) -> None:
     copied = _copy(DOCKERFILES[0], tmp_path)
     flows = sorted(file.stem for file in (ROOT / "flows").glob("*.py") if file.stem != "__main__")
-    imports = ", ".join([*(f"flows.{name}" for name in flows), "tasks.set_up", "tasks.fork_server"])
+    imports = ", ".join(
+        [*(f"flows.{name}" for name in flows), "tasks.servers.set_up", "tasks.fork_server"]
+    )
     code = f"import sys; sys.path[:0] = [{str(copied)!r}]; import {imports}; print(flows.__file__)"
     said = _run(f'python -W ignore -P -c "{code}"', copied, PYTHONPATH=str(copied / "compression"))
     assert str(copied) in said
@@ -87,7 +89,7 @@ def test_no_secret_and_no_data_get_into_an_image(tmp_path: Path) -> None:
     ignored = [".git", ".venv", ".stillroom", "tests", "benchmarks", "deployments/.env"]
     for name in [*ignored, "deployments/data/text.jsonl", "tasks/__pycache__/x.pyc", "x.env"]:
         assert not _is_sent(name), name
-    for name in ["tasks/services.py", "deployments/recipes/demo.yaml", "constraints.txt"]:
+    for name in ["tasks/servers/services.py", "deployments/recipes/demo.yaml", "constraints.txt"]:
         assert _is_sent(name), name
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from stillroom.errors import StillroomError
-from tasks.gpu_workers import gpu_workers
+from tasks.servers.gpu_workers import gpu_workers
 
 
 @pytest.mark.parametrize(

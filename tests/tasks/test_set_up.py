@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.set_up import main
+from tasks.servers.set_up import main
 from tests.servers import S3Server, free_port
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 
 from stillroom.errors import SettingsError
-from tasks.logins import require_login_outside
-from tasks.server_processes import require_free
-from tasks.server_variables import mlflow_options, prefect_variables
+from tasks.servers.logins import require_login_outside
+from tasks.servers.processes import require_free
+from tasks.servers.variables import mlflow_options, prefect_variables
 from tasks.settings import Settings
 from tasks.settings_file import variable_of
 

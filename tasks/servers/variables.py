@@ -3,11 +3,11 @@
 import os
 from pathlib import Path
 
-from tasks.logins import mlflow_login_variables
+from tasks.servers.logins import mlflow_login_variables
 from tasks.settings import QUIET_SERVICES, Settings
 from tasks.settings_file import VARIABLE, settings_path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NEAR = ("localhost", "127.0.0.1", "[::1]")
 """Names of this machine, under which MLflow answers by itself."""
 

@@ -14,7 +14,7 @@ from stillroom.errors import StillroomError
 
 Ask = Callable[[str, str, dict[str, Any]], httpx.Response]
 AUTOMATIONS, NOTIFICATIONS = (
-    Path(__file__).parents[1] / "deployments" / f"{name}.yaml"
+    Path(__file__).parents[2] / "deployments" / f"{name}.yaml"
     for name in ("automations", "notifications")
 )
 

@@ -1,4 +1,4 @@
-"""Set up servers that run elsewhere: `python -m tasks.set_up`, as often as you like.
+"""Set up servers that run elsewhere: `python -m tasks.servers.set_up`, as often as you like.
 
 It makes what is missing: the bucket of STILLROOM_STORE, and on the server of PREFECT_API_URL, or
 that of `make up`, the work pools, the deployments of deployments/prefect.yaml and the automations.
@@ -11,7 +11,7 @@ import httpx
 
 from stillroom.errors import ServiceUnreachableError, StillroomError
 from stillroom.redaction import redact
-from tasks.services import register
+from tasks.servers.services import register
 from tasks.settings import Settings
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import httpx
 
 from stillroom.errors import ServiceUnreachableError, StillroomError
-from tasks.automations import create_automations
-from tasks.gpu_workers import gpu_workers
-from tasks.logins import adopt_password, known_login, require_login_outside
-from tasks.server_processes import alone, end_group, require_free
-from tasks.server_variables import (
+from tasks.servers.automations import create_automations
+from tasks.servers.gpu_workers import gpu_workers
+from tasks.servers.logins import adopt_password, known_login, require_login_outside
+from tasks.servers.processes import alone, end_group, require_free
+from tasks.servers.variables import (
     ROOT,
     base_variables,
     mlflow_options,

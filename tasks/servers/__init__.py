@@ -1,0 +1,1 @@
+"""What `make up` starts on one machine, and what servers elsewhere are set up with."""
