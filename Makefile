@@ -60,7 +60,7 @@ test: $(STAMP) ## Pass the tests
 	$(BIN)/python -m pytest -m alone
 
 test-service: $(STAMP) ## Pass the tests of whole services: logins, PostgreSQL, a browser, workers, containers' commands
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m service --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m service --durations=20
 
 chaos: $(STAMP) ## Kill each part in each long stage, and write deployments/CHAOS.md
 	$(BIN)/python -m pytest tests/flows/chaos --durations=30

@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     allow_remote_code: bool = False
     """Whether such recipes may have a model's own code run: `teacher.trust_remote_code`."""
     runs_at_once: int = Field(default=4, ge=1)
-    """How many runs the worker of `make up` takes at once; the others wait. Many at once want
+    """How many runs go on at once in the CPU pool of `make up`; the others wait. Many at once want
     PostgreSQL: with twenty, Prefect's server has hung over its SQLite file."""
     gpus: str = ""
     """GPUs that `make up` starts a worker for each, such as 0,1; cpu: a worker without a GPU."""

@@ -64,9 +64,11 @@ def _start_all(settings: Settings, say: Callable[[str], None]) -> dict[str, str]
         # Stopped after the worker whose flows wait for them.
         for each in on_gpus:
             running.start(each.name, *each.module(GPU_POOL), more=each.environment)
-        limit = f"--limit={settings.runs_at_once}"
-        worker = ("prefect", "worker", "start", "--pool", CPU_POOL, "--type=process", limit)
-        running.start("worker", *worker)
+        # Not the worker's own limit: a run that is retried at once would end such a worker.
+        limit = {"concurrency_limit": settings.runs_at_once}
+        pool = f"{running.services['prefect']}/work_pools/{CPU_POOL}"
+        _ask("PATCH", pool, limit).raise_for_status()
+        running.start("worker", "prefect", "worker", "start", "--pool", CPU_POOL, "--type=process")
         running.await_workers("worker", CPU_POOL, 1)
         for i, each in enumerate(on_gpus):
             running.await_workers(each.name, GPU_POOL, i + 1)

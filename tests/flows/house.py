@@ -104,8 +104,8 @@ class House:
         found: list[dict[str, Any]] = self.ask("POST", "/artifacts/filter", of_run)
         return found
 
-    def await_end(self, flow_run: str) -> dict[str, Any]:
-        deadline = time.monotonic() + RUN_SECONDS
+    def await_end(self, flow_run: str, seconds: float = RUN_SECONDS) -> dict[str, Any]:
+        deadline = time.monotonic() + seconds
         while True:
             run: dict[str, Any] = self.ask("GET", f"/flow_runs/{flow_run}")
             if run["state"]["type"] in OVER:
@@ -123,9 +123,9 @@ class House:
         assert answer.status_code == 201, answer.text
         return str(answer.json()["id"])
 
-    def done(self, flow_run: str) -> dict[str, Any]:
+    def done(self, flow_run: str, seconds: float = RUN_SECONDS) -> dict[str, Any]:
         """Return a run once it has ended well."""
-        run = self.await_end(flow_run)
+        run = self.await_end(flow_run, seconds)
         assert run["state"]["name"] == "Completed", f"{run['state']}\n{self.log('worker')}"
         return run
 

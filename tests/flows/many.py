@@ -9,6 +9,8 @@ from tests.flows.house import House, small_recipe
 from tests.flows.terminal import assert_sound
 
 MANY = 20
+MANY_SECONDS = 480
+"""Two processors have some twenty seconds of work for each of them."""
 FRESH = 4
 """So many of them make something, and the others find it Cached, or make the same beside them."""
 
@@ -22,7 +24,7 @@ def order_many(house: House, recipe: dict[str, Any], parts: Path, seed: int) -> 
         for i in range(MANY)
     ]
     for run in runs:
-        house.done(run)
+        house.done(run, seconds=MANY_SECONDS)
     stages = [house.states(run)["evaluate teacher"] for run in runs]
     assert Counter(stages)["Cached"] >= MANY // (FRESH + 1)
     assert_sound(house.terminal)

@@ -2,6 +2,7 @@
 
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,8 +47,13 @@ def furnish(folder: Path, parts: Path, postgres: Postgres, s3: S3Server) -> Term
     }
     lines = (f"{name}='{value}'\n" for name, value in settings.items())
     write_settings(terminal, "".join(lines))
-    terminal.write(short_recipe(parts))
+    terminal.write(sent(parts))
     return terminal
+
+
+def sent(parts: Path) -> dict[str, Any]:
+    """Return the short recipe, to be made in the GPU pool."""
+    return short_recipe(parts) | {"execution": {"threads": 1, "over": "workers"}}
 
 
 def move_into(terminal: Terminal) -> House:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.flows.house import SHORT, House, short_recipe
+from tests.flows.house import SHORT, House
 from tests.flows.many import order_many
-from tests.flows.team import NEEDS, PASSWORD, USER
+from tests.flows.team import NEEDS, PASSWORD, USER, sent
 from tests.flows.terminal import assert_done
 from tests.servers import Postgres
 
@@ -27,13 +27,13 @@ print(len(model.predict(["the cat sat", "a mat"], params={"max_new_tokens": 2}))
 
 @pytest.fixture(scope="module")
 def ordered(team: House, parts: Path) -> dict[str, Any]:
-    over_workers = {"execution": {"threads": 1, "over": "workers"}}
-    return team.make(short_recipe(parts) | over_workers)
+    return team.make(sent(parts))
 
 
 def test_a_run_ordered_by_api(team: House, ordered: dict[str, Any], postgres: Postgres) -> None:
     finished = [*SHORT, "check gates", "register", "write report"]
-    assert team.states(ordered["id"]) == dict.fromkeys(finished, "Completed")
+    # Beside these stand the stages' runs in the GPU pool, by their own names.
+    assert team.states(ordered["id"]).items() >= dict.fromkeys(finished, "Completed").items()
     ask = ("--tuples-only", "--command")
     runs = postgres.run("psql", "prefect", *ask, "select name, state_name from flow_run")
     for title in ("tiny", "quantize", "evaluate teacher"):  # the flow, and stages in the GPU pool
@@ -50,7 +50,7 @@ def test_a_run_by_cron(team: House, ordered: dict[str, Any], parts: Path) -> Non
     every_minute = {
         "schedule": {"cron": "* * * * *", "timezone": "UTC"},
         "active": True,
-        "parameters": {"recipe": short_recipe(parts)},
+        "parameters": {"recipe": sent(parts)},
     }
     (made,) = team.ask("POST", f"/deployments/{deployment}/schedules", [every_minute])
     try:
@@ -103,7 +103,7 @@ def test_a_terminal_finds_what_was_made(team: House, ordered: dict[str, Any]) ->
     assert_done(team.terminal.compress(), tuple(SHORT))
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_many_runs_at_once_all_end_well(team: House, recipe: dict[str, Any], parts: Path) -> None:
     order_many(team, recipe, parts, seed=82)
 
