@@ -21,6 +21,7 @@ from tasks.child import Request
 from tasks.run_child import run_child
 from tasks.stages import DISTILL_STUDENT, Order, as_json
 from tasks.store.store import open_store
+from tests.stage_processes import command_of
 from tests.stillroom.rows import token_rows
 from tests.stillroom.tiny import tiny_llama, tiny_tokenizer
 
@@ -104,14 +105,14 @@ def test_a_lost_process_is_named_and_a_rerun_goes_on(stage: Stage) -> None:
     def kill(done: int, total: int, unit: str, note: str = "") -> None:
         if done >= 6:
             for process in psutil.Process(os.getpid()).children(recursive=True):
-                if "tasks.training_member" in process.cmdline():
+                if "tasks.training_member" in command_of(process):
                     process.send_signal(signal.SIGKILL)
 
     began = time.monotonic()
     with pytest.raises(StageError, match=r"process 1 was killed by signal 9.*run again"):
         stage.run(1, 2, "ddp", 100_000, kill)
     assert time.monotonic() - began < 100
-    left = [process.cmdline() for process in psutil.Process(os.getpid()).children(recursive=True)]
+    left = map(command_of, psutil.Process(os.getpid()).children(recursive=True))
     assert not [line for line in left if "tasks.training_member" in line]
     seen: list[int] = []
 
