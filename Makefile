@@ -9,7 +9,7 @@ STAMP := $(VENV)/installed
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gptqmodel install-auto-gptq install-llama-cpp bench-adapters bench-distillation bench-quantization bench-quantization-peers chaos demo demo-controls encoder masked test test-service lint up down clean
+.PHONY: help install install-gptqmodel install-auto-gptq install-llama-cpp bench-adapters bench-distillation bench-quantization bench-quantization-peers chaos demo demo-controls encoder masked test test-service test-team lint up down clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-24s %s\n", $$1, $$2}'
@@ -59,7 +59,10 @@ test: $(STAMP) ## Pass the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not alone and not chaos and not service'
 	$(BIN)/python -m pytest -m alone
 
-test-service: $(STAMP) ## Pass the tests of whole services: logins, PostgreSQL, a browser, workers, containers' commands
+test-team: $(STAMP) ## Pass the tests of a team's set-up: PostgreSQL, S3, logins, workers of both kinds, a browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m service tests/flows/test_on_postgres.py tests/flows/test_browser.py
+
+test-service: $(STAMP) ## Pass the tests of whole services: these, triggers, approval, containers' commands, a kill of each part
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m service --durations=20
 
 chaos: $(STAMP) ## Kill each part in each long stage, and write deployments/CHAOS.md
