@@ -39,7 +39,7 @@ def fork_stage(folder: Path, threads: int, log: BinaryIO) -> "ForkedStage":
         if server is None:
             _leave(0)
             _servers.append(server := _ForkServer(environment, log))
-    return server.fork(folder, log)
+        return server.fork(folder, log)
 
 
 class ForkedStage:

@@ -52,8 +52,8 @@ class Settings(BaseSettings):
     allow_remote_code: bool = False
     """Whether such recipes may have a model's own code run: `teacher.trust_remote_code`."""
     runs_at_once: int = Field(default=4, ge=1)
-    """How many runs go on at once in the CPU pool of `make up`; the others wait. Many at once want
-    PostgreSQL: with twenty, Prefect's server has hung over its SQLite file."""
+    """How many runs go on at once in the default queue of `make up`; the others wait. Many at once
+    want PostgreSQL: with twenty, Prefect's server has hung over its SQLite file."""
     gpus: str = ""
     """GPUs that `make up` starts a worker for each, such as 0,1; cpu: a worker without a GPU."""
     recipes: Path = Path(__file__).parents[1] / "deployments" / "recipes"

@@ -64,10 +64,11 @@ def _start_all(settings: Settings, say: Callable[[str], None]) -> dict[str, str]
         # Stopped after the worker whose flows wait for them.
         for each in on_gpus:
             running.start(each.name, *each.module(GPU_POOL), more=each.environment)
-        # Not the worker's own limit: a run that is retried at once would end such a worker.
+        # Not the pool's limit: runs wait for others in it, which are in a queue of their own. Nor
+        # the worker's: a run that is retried at once would end such a worker.
         limit = {"concurrency_limit": settings.runs_at_once}
-        pool = f"{running.services['prefect']}/work_pools/{CPU_POOL}"
-        _ask("PATCH", pool, limit).raise_for_status()
+        queue = f"{running.services['prefect']}/work_pools/{CPU_POOL}/queues/default"
+        _ask("PATCH", queue, limit).raise_for_status()
         running.start("worker", "prefect", "worker", "start", "--pool", CPU_POOL, "--type=process")
         running.await_workers("worker", CPU_POOL, 1)
         for i, each in enumerate(on_gpus):

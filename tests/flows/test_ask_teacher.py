@@ -1,6 +1,6 @@
 """The teacher asked on other machines: runs of a deployment on a work pool, and tasks on Ray."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,18 @@ def newest_cache(user: Terminal) -> Record:
     return max(user.records("teacher-cache"), key=lambda record: record.created)
 
 
+@pytest.fixture
+def one_at_a_time(house: House) -> Iterator[None]:
+    """Have a single run go on at once: one that waits for its shares must not keep them out."""
+    queue = "/work_pools/stillroom-cpu/queues/default"
+    before = house.ask("GET", queue)["concurrency_limit"]
+    house.ask("PATCH", queue, {"concurrency_limit": 1})
+    yield
+    house.ask("PATCH", queue, {"concurrency_limit": before})
+
+
 @pytest.mark.integration
+@pytest.mark.usefixtures("one_at_a_time")
 def test_a_work_pool_asks_the_teacher(house: House, recipe: dict[str, Any], parts: Path) -> None:
     answer = house.order(only_cached(recipe, parts, "prefect", seed=71))
     assert answer.status_code == 201, answer.text
