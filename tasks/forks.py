@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from tasks.processes import child_environment
+from tasks.processes import GRACE_SECONDS, child_environment
 
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 LOST = 1
@@ -152,11 +152,14 @@ _servers: list[_ForkServer] = []
 """One, and those that still have stages though the environment, or the threads, are others now."""
 
 
-@atexit.register
-def _leave(seconds: float | None = None) -> None:
+def _leave(seconds: float) -> None:
     """Let all of them end, and forget those that have within so many seconds."""
     for server in tuple(_servers):
         server.leave()
         with suppress(subprocess.TimeoutExpired):
             server.process.wait(seconds)
             _servers.remove(server)
+
+
+# A stage that is still at work then ends with this process, and its server after it.
+atexit.register(_leave, GRACE_SECONDS)

@@ -285,17 +285,15 @@ def _fetching(version: Version) -> Iterator[None]:
 
     try:
         yield
-    except (MlflowException, OSError, ImportError) as error:
-        kind = CorruptedError if _WRONG_BYTES in str(error) else StoreError
-        raise kind(
-            f"the files of {version} cannot be fetched: {' '.join(str(error).split())[:300]}"
-        ) from error
     except Exception as error:
+        said = f"the files of {version} cannot be fetched: {' '.join(str(error).split())[:300]}"
+        if _WRONG_BYTES in str(error):
+            raise CorruptedError(said) from error
+        if isinstance(error, MlflowException | OSError | ImportError):
+            raise StoreError(said) from error
         # botocore is an extra: its errors can only be told by where they come from.
         if type(error).__module__.partition(".")[0] not in ("botocore", "boto3", "s3transfer"):
             raise
-        if _WRONG_BYTES in str(error):
-            raise CorruptedError(f"the files of {version} came changed: {error}") from error
         raise StoreUnreachableError(
             f"the files of {version} cannot be fetched from S3: {error}; check the network and "
             "the credentials"
