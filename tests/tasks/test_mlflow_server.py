@@ -8,8 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 
 from stillroom.contents import list_files
 from stillroom.errors import ServiceUnreachableError
@@ -34,6 +36,7 @@ from tests.tasks.test_registry import ask_elsewhere
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.usefixtures("mlflow_environment"),
     pytest.mark.filterwarnings("ignore:The ``noload``"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`"),
 ]
@@ -85,13 +88,19 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield endpoint
 
 
-@pytest.fixture
-def server(tmp_path: Path, mlflow_environment: None) -> Iterator[str]:
+@contextmanager
+def mlflow_server(folder: Path) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
-    command += ["--port", str(port), "--backend-store-uri", new_database(tmp_path)]
-    with running(command, tmp_path / "server.log"):
+    command += ["--port", str(port), "--backend-store-uri", new_database(folder)]
+    with running(command, folder / "server.log"):
         yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with mlflow_server(tmp_path_factory.mktemp("server")) as uri:
+        yield uri
 
 
 def test_from_a_flow_run_to_a_model_that_answers(server: str, s3: str, tmp_path: Path) -> None:
@@ -122,25 +131,39 @@ def test_from_a_flow_run_to_a_model_that_answers(server: str, s3: str, tmp_path:
     _, answer = ask_elsewhere(server, "models:/law@champion", tmp_path, access)
     assert len(answer["generated"]) == 3
 
-    start = time.monotonic()
-    for i in range(10):
-        log_stage(
-            client,
-            parent,
-            StageRecord(f"stage {i}", "k" * 64, "model", cached=True, metrics={"size_bytes": 1.0}),
-        )
     end_parent_run(client, parent, "FINISHED")
-    assert time.monotonic() - start < 5
 
 
-@pytest.mark.usefixtures("mlflow_environment")
+def test_a_cached_stage_is_three_requests(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = connect(server)
+    experiment = ensure_experiment(client, "requests", (tmp_path / "files").as_uri())
+    parent = begin_parent_run(
+        client, experiment, flow_run_id="flow", name="team", recipe={"name": "team"}
+    )
+    sent: list[str] = []
+    send = requests.Session.send
+
+    def counted(self: requests.Session, request: Any, **how: Any) -> requests.Response:
+        sent.append(f"{request.method} {request.path_url}")
+        return send(self, request, **how)
+
+    monkeypatch.setattr(requests.Session, "send", counted)
+    log_stage(
+        client,
+        parent,
+        StageRecord("stage", "k" * 64, "model", cached=True, metrics={"size_bytes": 1.0}),
+    )
+    assert len(sent) == 3, sent
+    sent.clear()
+    end_parent_run(client, parent, "FINISHED")
+    assert len(sent) == 1, sent
+
+
 def test_server_that_goes_away_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
-    command += ["--port", str(port), "--backend-store-uri", new_database(tmp_path)]
-    uri = f"http://127.0.0.1:{port}"
-    with running(command, tmp_path / "server.log"):
+    with mlflow_server(tmp_path) as uri:
         client = connect(uri)
         ensure_experiment(client, "team", (tmp_path / "files").as_uri())
     with pytest.raises(ServiceUnreachableError, match=f"{uri} stopped answering"):
