@@ -1,9 +1,13 @@
 """What the artifact store needs from the place where it keeps its objects."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Entry(NamedTuple):
@@ -66,3 +70,12 @@ class Backend(Protocol):
 
     def delete_draft(self, name: str) -> None:
         """Remove what an interrupted write left behind; do nothing where there is none."""
+
+
+def each(backend: Backend, things: Iterable[T], do: Callable[[T], R]) -> Iterator[R]:
+    """Yield what comes of each thing, in order; several at once where answers take their time."""
+    if backend.requests == 1:
+        yield from map(do, things)
+        return
+    with ThreadPoolExecutor(backend.requests) as pool:
+        yield from pool.map(do, things)

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Literal
 
 from stillroom.errors import CorruptedError
-from tasks.store.backend import Entry
+from tasks.store.backend import Entry, each
 from tasks.store.lease import LeaseNote, read_leases
 from tasks.store.partial import partial_keys
 from tasks.store.record import Record, blob_name
@@ -175,14 +175,20 @@ def _stale_partials(
 
 
 def _manifests(store: ArtifactStore) -> Iterable[tuple[Entry, Record]]:
-    for entry in store.backend.list("artifacts/"):
+    def found(entry: Entry) -> Record | None:
         kind, _, file = entry.name.removeprefix("artifacts/").partition("/")
-        try:
-            record = store.find(kind, file.removesuffix(".json"))
-        except CorruptedError as error:
-            raise CorruptedError(f"nothing can be collected: {error}") from error
-        if record is not None:
-            yield entry, record
+        return store.find(kind, file.removesuffix(".json"))
+
+    entries = list(store.backend.list("artifacts/"))
+    try:
+        records = list(each(store.backend, entries, found))
+    except CorruptedError as error:
+        raise CorruptedError(f"nothing can be collected: {error}") from error
+    return [
+        (entry, record)
+        for entry, record in zip(entries, records, strict=True)
+        if record is not None
+    ]
 
 
 def _blobs_of(records: Iterable[Record]) -> set[str]:

@@ -2,26 +2,22 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from pydantic import ValidationError
 
 from stillroom.checkpoint import Checkpoints, files_below, sha256_of
 from stillroom.errors import CorruptedError, StoreError
-from tasks.store.backend import Backend
+from tasks.store.backend import Backend, each
 from tasks.store.lease import LEASE_SECONDS, Lease, held
 from tasks.store.local import LocalBackend
 from tasks.store.partial import StoreCheckpoints
 from tasks.store.record import Record, StoredFile, blob_name, manifest_name
 from tasks.store.verify import REPAIR, Problem, find_problems
-
-F = TypeVar("F")
-R = TypeVar("R")
 
 
 def open_store(url: str) -> "ArtifactStore":
@@ -79,10 +75,10 @@ class ArtifactStore:
         Raises:
             CorruptedError: a manifest cannot be read.
         """
-        for entry in self.backend.list("artifacts/"):
-            content = self.backend.read(entry.name)
+        names = [entry.name for entry in self.backend.list("artifacts/")]
+        for name, content in zip(names, each(self.backend, names, self.backend.read), strict=True):
             if content is not None:
-                yield self._parse(entry.name, content)
+                yield self._parse(name, content)
 
     # The manifest's own fields are its parameters: a dataclass would only repeat Record.
     def add(  # noqa: PLR0913
@@ -107,7 +103,9 @@ class ArtifactStore:
             StoreError: there is no file, or the store cannot be written.
         """
         with self.lease(key):
-            files = tuple(self._each(files_below(folder), lambda path: self._put(path, folder)))
+            files = tuple(
+                each(self.backend, files_below(folder), lambda path: self._put(path, folder))
+            )
             if not files:
                 raise StoreError(f"an artifact needs at least one file: {folder} holds none")
             record = Record(
@@ -145,7 +143,10 @@ class ArtifactStore:
         for lease in self._leases:
             lease.add(record.key)
         folder.mkdir(parents=True, exist_ok=True)
-        self._each(record.files, lambda file: self._fetch(record, file, folder / file.path))
+        for _ in each(
+            self.backend, record.files, lambda file: self._fetch(record, file, folder / file.path)
+        ):
+            pass
         return folder
 
     def read_file(self, record: Record, path: str) -> bytes | None:
@@ -198,13 +199,6 @@ class ArtifactStore:
                 yield
             finally:
                 self._leases.remove(lease)
-
-    def _each(self, files: Iterable[F], do: Callable[[F], R]) -> list[R]:
-        """Do something with every file, with several at once where answers take their time."""
-        if self.backend.requests == 1:
-            return [do(file) for file in files]
-        with ThreadPoolExecutor(self.backend.requests) as pool:
-            return list(pool.map(do, files))
 
     def _fetch(self, record: Record, file: StoredFile, target: Path) -> None:
         if not self.backend.get(blob_name(file.sha256), target, share=True):

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from stillroom.errors import CorruptedError
-from tasks.store.backend import Backend
+from tasks.store.backend import Backend, each
 from tasks.store.partial import StoreCheckpoints, partial_keys
 from tasks.store.record import Record, StoredFile, blob_name
 
@@ -32,63 +32,81 @@ class Problem:
 def find_problems(backend: Backend, *, deep: bool) -> Iterator[Problem]:
     """Yield what is wrong with artifacts and checkpoints; with `deep`, hash every file."""
     users: dict[StoredFile, list[str]] = defaultdict(list)
-    for entry in backend.list("artifacts/"):
-        try:
-            content = backend.read(entry.name)
-            if content is None:
-                continue  # removed since it was listed
-            record = Record.model_validate_json(content)
-        except (CorruptedError, ValidationError):
-            yield _unreadable(entry.name, "truncated or damaged")
-            continue
-        if record.name != entry.name:
-            yield _unreadable(entry.name, f"describes {record.name}")
-            continue
-        for file in record.files:
-            # One content may bear several names: it is examined once.
-            blob = StoredFile(path="blob", size=file.size, sha256=file.sha256)
-            if entry.name not in users[blob]:
-                users[blob].append(entry.name)
-    sizes = {entry.name: entry.size for entry in backend.list("blobs/")}
-    for blob, manifests in users.items():
-        name = blob_name(blob.sha256)
-        yield from _examine(backend, name, blob, sizes, manifests, deep=deep)
+    manifests = [entry.name for entry in backend.list("artifacts/")]
+    for found in each(backend, manifests, lambda name: _read(backend, name)):
+        if isinstance(found, Problem):
+            yield found
+        elif found is not None:
+            for file in found.files:
+                # One content may bear several names: it is examined once.
+                blob = StoredFile(path="blob", size=file.size, sha256=file.sha256)
+                if found.name not in users[blob]:
+                    users[blob].append(found.name)
+    blobs = _Contents(backend, "blobs/", deep)
+    for problem in each(
+        backend,
+        users.items(),
+        lambda used: blobs.examine(blob_name(used[0].sha256), used[0], used[1]),
+    ):
+        if problem is not None:
+            yield problem
     for key in partial_keys(backend):
         yield from _examine_checkpoints(backend, key, deep=deep)
 
 
+def _read(backend: Backend, name: str) -> Record | Problem | None:
+    """Return a manifest, what is wrong with it, or None where it was removed since."""
+    try:
+        content = backend.read(name)
+        record = None if content is None else Record.model_validate_json(content)
+    except (CorruptedError, ValidationError):
+        return _unreadable(name, "truncated or damaged")
+    if record is not None and record.name != name:
+        return _unreadable(name, f"describes {record.name}")
+    return record
+
+
 def _examine_checkpoints(backend: Backend, key: str, *, deep: bool) -> Iterator[Problem]:
     checkpoints = StoreCheckpoints(backend, key)
-    sizes = {entry.name: entry.size for entry in backend.list(checkpoints.root)}
-    for name in checkpoints.names():
+    contents = _Contents(backend, checkpoints.root, deep)
+
+    def examine(name: str) -> list[Problem]:
         listing = checkpoints.listing(name)
         try:
             piece = checkpoints.piece(name)
         except CorruptedError:
-            yield _unreadable(listing, "truncated or damaged")
-            continue
-        for file in piece.files if piece else ():
-            content = checkpoints.content(piece, file) if piece else ""
-            yield from _examine(backend, content, file, sizes, [listing], deep=deep)
+            return [_unreadable(listing, "truncated or damaged")]
+        if piece is None:
+            return []
+        examined = (
+            contents.examine(checkpoints.content(piece, file), file, [listing])
+            for file in piece.files
+        )
+        return [problem for problem in examined if problem is not None]
+
+    for problems in each(backend, checkpoints.names(), examine):
+        yield from problems
 
 
-def _examine(
-    backend: Backend,
-    name: str,
-    file: StoredFile,
-    sizes: dict[str, int],
-    users: list[str],
-    *,
-    deep: bool,
-) -> Iterator[Problem]:
-    used = f"needed by {', '.join(users)}"
-    if name not in sizes:
-        yield Problem("missing", name, f"missing, {used}", tuple(users))
-    elif sizes[name] != file.size:
-        text = f"{sizes[name]} bytes instead of {file.size}, {used}"
-        yield Problem("size", name, text, (*users, name))
-    elif deep and backend.sha256(name) != file.sha256:
-        yield Problem("content", name, f"its content has changed, {used}", (*users, name))
+class _Contents:
+    """Compares the objects below a prefix with what was written down of them."""
+
+    def __init__(self, backend: Backend, prefix: str, deep: bool) -> None:
+        self.backend = backend
+        self.deep = deep
+        self.sizes = {entry.name: entry.size for entry in backend.list(prefix)}
+
+    def examine(self, name: str, file: StoredFile, users: list[str]) -> Problem | None:
+        used = f"needed by {', '.join(users)}"
+        size = self.sizes.get(name)
+        if size is None:
+            return Problem("missing", name, f"missing, {used}", tuple(users))
+        if size != file.size:
+            text = f"{size} bytes instead of {file.size}, {used}"
+            return Problem("size", name, text, (*users, name))
+        if self.deep and self.backend.sha256(name) != file.sha256:
+            return Problem("content", name, f"its content has changed, {used}", (*users, name))
+        return None
 
 
 def _unreadable(name: str, text: str) -> Problem:

@@ -146,6 +146,21 @@ class TestDamage:
         assert list(store.verify(deep=False)) == []
         assert len(list(store.verify(deep=True))) == 1
 
+    def test_files_of_a_far_store_are_verified_several_at_once(
+        self, store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        add(store, write_files(tmp_path / "source", {"one": b"1", "two": b"2"}))
+        far = store.backend.requests > 1
+        meeting = threading.Barrier(2 if far else 1, timeout=10)
+        sha256 = store.backend.sha256
+
+        def met(name: str) -> str | None:
+            meeting.wait()
+            return sha256(name)
+
+        monkeypatch.setattr(store.backend, "sha256", met)
+        assert list(store.verify()) == []
+
     def test_a_missing_file_is_found(self, store: ArtifactStore, tmp_path: Path) -> None:
         record = add(store, write_files(tmp_path / "made"))
         store.backend.delete(blob_of(record, BIG_BLOB))
