@@ -5,7 +5,8 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,8 @@ def _run_until(recipe: Any, until: Any) -> int:
     os.environ.update(Settings().environment())
     _require_server(recipe.execution)
     from flows.make_part import make_part
-    from tasks.servers.logins import logging_in
 
-    with logging_in():
+    with _typed():
         state: Any = make_part(recipe, until, return_state=True)
     if not state.is_completed():
         raise StillroomError(state.message or f"the run ended as {state.name}")
@@ -129,9 +129,8 @@ def _run(recipe: Any) -> int:
     os.environ.update(settings.environment())
     _require_server(recipe.execution)
     from flows.compress import compress
-    from tasks.servers.logins import logging_in
 
-    with logging_in():
+    with _typed():
         state: Any = compress(recipe, return_state=True)
     if not state.is_completed() and state.name != "Refused":
         raise StillroomError(state.message or f"the run ended as {state.name}")
@@ -158,9 +157,8 @@ def _measure_dimension(options: argparse.Namespace) -> int:
     os.environ.update(settings.environment())
     _require_server(recipe.execution)
     from flows.measure_intrinsic_dimension import measure_intrinsic_dimension
-    from tasks.servers.logins import logging_in
 
-    with logging_in():
+    with _typed():
         state: Any = measure_intrinsic_dimension(recipe, return_state=True)
     if not state.is_completed():
         raise StillroomError(state.message or f"the run ended as {state.name}")
@@ -170,6 +168,17 @@ def _measure_dimension(options: argparse.Namespace) -> int:
         print(f"  load it: mlflow.pyfunc.load_model({uri!r})")
     print(f"curve and plot: {outcome.folder}\nMLflow: {outcome.mlflow}")
     return 0
+
+
+@contextmanager
+def _typed() -> Iterator[None]:
+    """Run a flow as a deployment would: with the tag by which an automation finds lost runs."""
+    from prefect import tags
+
+    from tasks.servers.logins import logging_in
+
+    with logging_in(), tags("stillroom"):
+        yield
 
 
 def _require_server(execution: Any) -> None:

@@ -78,18 +78,20 @@ def test_a_run_that_lost_its_process_and_its_worker_becomes_crashed(
             ours = ["lost-runs", "mail", "unstarted-runs", "webhook"]
             assert _names(house) == [f"stillroom-{name}" for name in ours]
 
-            run = _run_that_takes_long(house, recipe, parts)
+            long = small_recipe(recipe, parts)
+            long["distillation"]["training"] = {"steps": 10**6, "checkpoint_every_steps": 10**5}
+            runs = [_ordered(house, long), _typed(house, long)]
             killed = _kill_worker_and_flow(house)
-            state = _await_state(house, run, killed)
-            assert state["name"] == "Crashed"
-            assert "No heartbeat" in state["message"]
+            for run in runs:
+                state = _await_state(house, run, killed)
+                assert state["name"] == "Crashed"
+                assert "No heartbeat" in state["message"]
 
-            _until(lambda: bool(said) and bool(mails), NOTICE_SECONDS)
-        assert "tiny is Crashed" in said[0]["text"]
-        assert "No heartbeat for 90 s" in said[0]["text"]
-        assert f"/runs/flow-run/{run}" in said[0]["text"]
-        assert "Subject: Stillroom: tiny is Crashed" in mails[0]
-        assert len(said) == len(mails) == 1
+            _until(lambda: len(said) == len(mails) == 2, NOTICE_SECONDS)
+        assert all("tiny is Crashed" in each["text"] for each in said)
+        assert all("No heartbeat for 90 s" in each["text"] for each in said)
+        assert all(any(f"/runs/flow-run/{run}" in each["text"] for each in said) for run in runs)
+        assert all("Subject: Stillroom: tiny is Crashed" in mail for mail in mails)
     finally:
         assert terminal.type("down").returncode == 0
 
@@ -102,15 +104,45 @@ def _deployments() -> list[dict[str, Any]]:
     return deployments
 
 
-def _run_that_takes_long(house: House, recipe: dict[str, Any], parts: Path) -> str:
-    """Return the id of a run that has begun its stages."""
-    long = small_recipe(recipe, parts)
-    long["distillation"]["training"] = {"steps": 1_000_000, "checkpoint_every_steps": 100_000}
-    answer = house.order(long)
+def _ordered(house: House, recipe: dict[str, Any]) -> str:
+    """Return the id of a run of the worker's that has begun its stages."""
+    answer = house.order(recipe)
     assert answer.status_code == 201, answer.text
     run: str = answer.json()["id"]
     _until(lambda: bool(house.states(run)), START_SECONDS)
     return run
+
+
+def _typed(house: House, recipe: dict[str, Any]) -> str:
+    """Return the id of a run that was typed into a terminal, and killed in its stages."""
+    terminal = house.terminal
+    terminal.write(recipe | {"seed": 1})
+    before = {run["id"] for run in _runs(house)}
+    with (terminal.folder / "typed.log").open("wb") as log:
+        process = subprocess.Popen(
+            terminal.command("compress", "recipe.yaml"),
+            cwd=terminal.folder,
+            env=terminal.environment(),
+            stdout=log,
+            stderr=log,
+        )
+    found: list[str] = []
+
+    def begun() -> bool:
+        found[:] = [run["id"] for run in _runs(house) if run["id"] not in before]
+        return bool(found) and bool(house.states(found[0]))
+
+    try:
+        _until(begun, START_SECONDS)
+    finally:
+        process.kill()
+        process.wait()
+    return found[0]
+
+
+def _runs(house: House) -> list[dict[str, Any]]:
+    runs: list[dict[str, Any]] = house.ask("POST", "/flow_runs/filter", {})
+    return runs
 
 
 def _kill_worker_and_flow(house: House) -> float:
