@@ -56,7 +56,7 @@ masked: $(STAMP) ## The same road for a masked language model
 	$(BIN)/python -m flows compress deployments/recipes/masked.yaml
 
 test: $(STAMP) ## Pass the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not alone and not chaos and not service'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not alone and not chaos and not service'
 	$(BIN)/python -m pytest -m alone
 
 test-team: $(STAMP) ## Pass the tests of a team's set-up: PostgreSQL, S3, logins, workers of both kinds, a browser

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.servers import S3Server, rgw_server
+from tests.servers import S3Server, rgw_is_installed, rgw_server
 
 if TYPE_CHECKING:
     from tests.registering import Place
@@ -27,6 +27,13 @@ def mock_s3() -> Iterator[S3Server]:
 def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     with rgw_server(tmp_path_factory.mktemp("ceph")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def any_s3(request: pytest.FixtureRequest) -> S3Server:
+    """Ceph where it is installed, a mock elsewhere."""
+    server: S3Server = request.getfixturevalue("ceph" if rgw_is_installed() else "mock_s3")
+    return server
 
 
 @pytest.fixture

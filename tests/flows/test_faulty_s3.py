@@ -15,7 +15,7 @@ from tasks.store.store import open_store
 from tests.faulty_s3 import faulty
 from tests.flows.house import small_recipe
 from tests.flows.terminal import Terminal, assert_done, move_in
-from tests.servers import S3Server, rgw_is_installed
+from tests.servers import S3Server
 
 # The server's faults make it wait for most of it.
 SECONDS = 300
@@ -30,14 +30,13 @@ def test_road_over_faulty_s3(
     recipe: dict[str, Any],
     parts: Path,
     tmp_path: Path,
-    request: pytest.FixtureRequest,
+    any_s3: S3Server,
     s3_environment: Callable[[S3Server], None],
     empty_database: Path,
 ) -> None:
     from tasks.store.s3_client import s3_client
 
-    sound = request.getfixturevalue("ceph" if rgw_is_installed() else "mock_s3")
-    s3_environment(sound)
+    s3_environment(any_s3)
     bucket = f"stillroom-{uuid.uuid4().hex[:12]}"
     client = s3_client()
     client.create_bucket(Bucket=bucket)
@@ -48,11 +47,11 @@ def test_road_over_faulty_s3(
     opened = terminal()
     opened.write(small)
 
-    with faulty(sound) as faults:
+    with faulty(any_s3) as faults:
         opened.variables |= {
             "AWS_ENDPOINT_URL_S3": faults.server.endpoint,
-            "AWS_ACCESS_KEY_ID": sound.access_key,
-            "AWS_SECRET_ACCESS_KEY": sound.secret_key,
+            "AWS_ACCESS_KEY_ID": any_s3.access_key,
+            "AWS_SECRET_ACCESS_KEY": any_s3.secret_key,
             "AWS_DEFAULT_REGION": "us-east-1",
             "STILLROOM_STORE": f"s3://{bucket}/store",
         }
@@ -62,7 +61,7 @@ def test_road_over_faulty_s3(
 
     by_faults = compared(list(open_store(f"s3://{bucket}/store").records()))
     opened.variables |= {
-        "AWS_ENDPOINT_URL_S3": sound.endpoint,
+        "AWS_ENDPOINT_URL_S3": any_s3.endpoint,
         "STILLROOM_HOME": str(tmp_path / "undisturbed"),
         "STILLROOM_STORE": "",
     }

@@ -9,30 +9,25 @@ import pytest
 
 from tests.flows.house import STAGES, small_recipe
 from tests.flows.terminal import Terminal, assert_done, assert_sound
-from tests.servers import rgw_is_installed
-
-NO_CEPH = pytest.mark.skipif(not rgw_is_installed(), reason="Ceph's radosgw is not installed")
+from tests.servers import S3Server
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("place", ["mock_s3", pytest.param("ceph", marks=NO_CEPH)])
 def test_road_over_s3(
-    place: str,
+    any_s3: S3Server,
     terminal: Callable[[], Terminal],
     recipe: dict[str, Any],
     parts: Path,
     tmp_path: Path,
-    request: pytest.FixtureRequest,
 ) -> None:
     from tasks.store.s3_client import s3_client
 
-    server = request.getfixturevalue(place)
     opened = terminal()
     bucket = f"stillroom-{uuid.uuid4().hex[:12]}"
     login = {
-        "AWS_ENDPOINT_URL_S3": server.endpoint,
-        "AWS_ACCESS_KEY_ID": server.access_key,
-        "AWS_SECRET_ACCESS_KEY": server.secret_key,
+        "AWS_ENDPOINT_URL_S3": any_s3.endpoint,
+        "AWS_ACCESS_KEY_ID": any_s3.access_key,
+        "AWS_SECRET_ACCESS_KEY": any_s3.secret_key,
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     with pytest.MonkeyPatch.context() as here:
