@@ -57,12 +57,14 @@ masked: $(STAMP) ## The same road for a masked language model
 
 test: $(STAMP) ## Pass the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not alone and not chaos and not service'
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest -m 'alone and not service'
 
-test-team: $(STAMP) ## Pass the tests of a team's set-up: PostgreSQL, S3, logins, workers of both kinds, a browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m service tests/flows/test_on_postgres.py tests/flows/test_browser.py
+TEAM := tests/flows/test_on_postgres.py tests/flows/test_browser.py
+test-team: $(STAMP) ## Pass the tests of a team's set-up: PostgreSQL, S3, logins, both workers, a browser, a kill of each part
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'service and not alone' $(TEAM) tests/flows/chaos
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'service and alone' $(TEAM)
 
-test-service: $(STAMP) ## Pass the tests of whole services: these, triggers, approval, containers' commands, a kill of each part
+test-service: $(STAMP) ## Pass the tests of whole services: these, triggers, approval, containers' commands
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m service --durations=20
 
 chaos: $(STAMP) ## Kill each part in each long stage, and write deployments/CHAOS.md

@@ -27,8 +27,7 @@ class GpuWorker:
     def environment(self) -> dict[str, str]:
         """What it has beside the environment of all."""
         device = "" if self.device == "cpu" else self.device
-        # A flow waits for every run: ask oftener for the next one than each 10 s.
-        return {"CUDA_VISIBLE_DEVICES": device, "PREFECT_WORKER_QUERY_SECONDS": "2"}
+        return {"CUDA_VISIBLE_DEVICES": device}
 
 
 def gpu_workers(listed: str) -> list[GpuWorker]:

@@ -16,7 +16,9 @@ def base_variables(settings: Settings, services: dict[str, str]) -> dict[str, st
     """Return the environment of all servers and of the worker."""
     file = settings_path()
     return (
-        os.environ
+        # Somebody waits for each run: workers ask oftener for the next one than each 10 s.
+        {"PREFECT_WORKER_QUERY_SECONDS": "2"}
+        | os.environ
         | QUIET_SERVICES
         | settings.logins()
         # They run in another folder.

@@ -30,6 +30,8 @@ PATIENCE = 30_000  # milliseconds
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.service,
+    pytest.mark.xdist_group("team"),
     *NEEDS,
     pytest.mark.skipif(BROWSER is None, reason="Debian's chromium is not installed"),
 ]
@@ -47,7 +49,6 @@ def page(team: House) -> Iterator[Page]:
         browser.close()
 
 
-@pytest.mark.service
 @pytest.mark.timeout(600)
 def test_order_approve_and_find(
     team: House, page: Page, recipe: dict[str, Any], parts: Path

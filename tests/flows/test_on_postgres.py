@@ -14,7 +14,12 @@ from tests.flows.team import NEEDS, PASSWORD, USER, sent
 from tests.flows.terminal import assert_done
 from tests.servers import Postgres
 
-pytestmark = [pytest.mark.integration, pytest.mark.service, *NEEDS]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.service,
+    pytest.mark.xdist_group("team"),
+    *NEEDS,
+]
 
 CRON_SECONDS = 240
 LOAD = """
@@ -103,6 +108,7 @@ def test_a_terminal_finds_what_was_made(team: House, ordered: dict[str, Any]) ->
     assert_done(team.terminal.compress(), tuple(SHORT))
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(900)
 def test_many_runs_at_once_all_end_well(team: House, recipe: dict[str, Any], parts: Path) -> None:
     order_many(team, recipe, parts, seed=82)

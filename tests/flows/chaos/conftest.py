@@ -71,8 +71,10 @@ def table() -> Iterator[list[Row]]:
 
 @pytest.fixture
 def whole_recipe(recipe: dict[str, Any], parts: Path) -> dict[str, Any]:
-    """The road with stages that take some seconds each."""
+    """The road with stages that take some seconds each, also where every portion is sent to S3."""
     recipe["teacher"]["source"] = str(parts / "teacher")
     recipe["data"]["train"]["source"] = str(parts / "text.jsonl")
+    recipe["distillation"]["cache"]["rows_per_shard"] = 8
+    recipe["distillation"]["training"]["checkpoint_every_steps"] = 16
     assert recipe.keys() == RECIPE.keys()
     return recipe

@@ -24,7 +24,7 @@ STAGES = {
     "quantization": "quantize",
     "upload": "register",
 }
-# `make test-service`, and so CI, has one case for each victim.
+# `make test-team` and `make test-service` have one case for each victim.
 SHORT = {
     Case("flow process", "distillation"),
     Case("worker", "quantization"),
@@ -40,6 +40,7 @@ WAIT_SECONDS = 240.0
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.chaos,
+    pytest.mark.xdist_group("chaos"),
     pytest.mark.skipif(not rgw_is_installed(), reason="Ceph's radosgw is not installed"),
 ]
 CASES = [
