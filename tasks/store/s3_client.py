@@ -1,6 +1,7 @@
 """The S3 client: where it connects to, how often it tries, and what its errors mean."""
 
 import os
+import time
 from typing import Any
 
 import boto3
@@ -12,8 +13,11 @@ from stillroom.errors import StoreError, StoreUnreachableError
 
 ATTEMPTS = 5
 BACKOFF_SECONDS = 15.0  # botocore's standard mode waits at most 1 + 2 + 4 + 8 s between 5 attempts
+PAUSE_SECONDS = 1.0
 
 _UNREACHABLE = (aws.ConnectionError, aws.HTTPClientError, aws.IncompleteReadError)
+# A server that is being started again.
+_REFUSED = (aws.EndpointConnectionError, aws.ConnectionClosedError)
 _NO_CREDENTIALS = (
     aws.NoCredentialsError,
     aws.PartialCredentialsError,
@@ -50,12 +54,38 @@ def s3_client(endpoint_url: str | None = None) -> Any:
     )
     try:
         # A session of its own: boto3's default one is global, and not safe between threads.
-        return boto3.session.Session().client("s3", endpoint_url=endpoint, config=config)
+        client = boto3.session.Session().client("s3", endpoint_url=endpoint, config=config)
     except ValueError as error:
         raise StoreError(
             f"the S3 endpoint {endpoint!r} is not an address; set AWS_ENDPOINT_URL_S3 to one like "
             "http://127.0.0.1:9000, or unset it for Amazon's own"
         ) from error
+    client.meta.events.register_first("needs-retry.s3", _Patience(seconds))
+    return client
+
+
+class _Patience:
+    """Has a request that is refused tried again until some seconds have gone by.
+
+    Botocore's own five attempts may all be over within seconds: its pauses are drawn from zero on.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __call__(
+        self,
+        request_dict: dict[str, Any],
+        caught_exception: Exception | None = None,
+        **_: Any,
+    ) -> float | None:
+        """Return the seconds until the next attempt, or None to leave it to botocore."""
+        if not isinstance(caught_exception, _REFUSED):
+            return None
+        now = time.monotonic()
+        since: float = request_dict["context"].setdefault("refused since", now)
+        left = self.seconds - (now - since)
+        return min(PAUSE_SECONDS, left) if left > 0 else None
 
 
 def explain(error: Exception, url: str, endpoint: str) -> StoreError:

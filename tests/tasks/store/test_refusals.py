@@ -237,14 +237,16 @@ class TestUnreachable:
             assert time.monotonic() - started < 12
 
     def test_a_server_that_comes_back_in_time_is_waited_for(
-        self, s3_environment: Callable[[S3Server], None]
+        self, s3_environment: Callable[[S3Server], None], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from moto.server import ThreadedMotoServer
 
+        # Of so few seconds botocore alone would try a second time within the first, and give up.
+        monkeypatch.setenv("STILLROOM_S3_TIMEOUT", "14")
         port = free_port()
         s3_environment(S3Server(f"http://127.0.0.1:{port}", "a", "b"))
         server = ThreadedMotoServer(ip_address="127.0.0.1", port=port)
-        start = threading.Timer(0.5, server.start)
+        start = threading.Timer(3, server.start)
         start.start()
         try:
             client = open_store("s3://later").backend.client  # type: ignore[attr-defined]
