@@ -61,7 +61,7 @@ test: $(STAMP) ## Pass the tests
 
 TEAM := tests/flows/test_on_postgres.py tests/flows/test_browser.py
 test-team: $(STAMP) ## Pass the tests of a team's set-up: PostgreSQL, S3, logins, both workers, a browser, a kill of each part
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'service and not alone' $(TEAM) tests/flows/chaos
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'service and not alone' $(TEAM) tests/flows/chaos
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'service and alone' $(TEAM)
 
 test-service: $(STAMP) ## Pass the tests of whole services: these, triggers, approval, containers' commands

@@ -31,7 +31,6 @@ PATIENCE = 30_000  # milliseconds
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.service,
-    pytest.mark.xdist_group("team"),
     *NEEDS,
     pytest.mark.skipif(BROWSER is None, reason="Debian's chromium is not installed"),
 ]

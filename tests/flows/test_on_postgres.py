@@ -14,12 +14,7 @@ from tests.flows.team import NEEDS, PASSWORD, USER, sent
 from tests.flows.terminal import assert_done
 from tests.servers import Postgres
 
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.service,
-    pytest.mark.xdist_group("team"),
-    *NEEDS,
-]
+pytestmark = [pytest.mark.integration, pytest.mark.service, *NEEDS]
 
 CRON_SECONDS = 240
 LOAD = """

@@ -40,7 +40,6 @@ WAIT_SECONDS = 240.0
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.chaos,
-    pytest.mark.xdist_group("chaos"),
     pytest.mark.skipif(not rgw_is_installed(), reason="Ceph's radosgw is not installed"),
 ]
 CASES = [
