@@ -59,12 +59,10 @@ test: $(STAMP) ## Pass the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not alone and not chaos and not service'
 	$(BIN)/python -m pytest -m 'alone and not service'
 
-TEAM := tests/flows/test_on_postgres.py tests/flows/test_browser.py
 test-team: $(STAMP) ## Pass the tests of a team's set-up: PostgreSQL, S3, logins, both workers, a browser, a kill of each part
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'service and not alone' $(TEAM) tests/flows/chaos
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'service and alone' $(TEAM)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'service and not alone' tests/flows/test_on_postgres.py tests/flows/test_browser.py tests/flows/chaos
 
-test-service: $(STAMP) ## Pass the tests of whole services: these, triggers, approval, containers' commands
+test-service: $(STAMP) ## Pass the tests of whole services: these, twenty runs at once, triggers, approval, containers' commands
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m service --durations=20
 
 chaos: $(STAMP) ## Kill each part in each long stage, and write deployments/CHAOS.md
