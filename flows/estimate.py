@@ -1,6 +1,7 @@
 """How long a stage will take and how much memory it will need, from the model's shape alone."""
 
 from dataclasses import dataclass
+from importlib.metadata import version
 
 from flows.shape import Shape
 from stillroom.config import Adapter, Data, Recipe
@@ -11,7 +12,10 @@ from tasks.stages import Order
 # teacher cache, 63e9 in the distillation, both in fp32.
 FLOPS_A_THREAD = 65e9
 START_SECONDS = 6.0
+# What a process holds once it has imported torch and transformers, with some room; builds of
+# torch with CUDA in them hold more (0.54 GB instead of 0.25, by VmHWM).
 PROCESS_BYTES = 0.6e9
+CUDA_BUILD_BYTES = 0.3e9
 TEXT_TOKENS = 1_000_000
 PASSES = {"forward": 2, "train": 6, "train_adapter": 5}
 # Quantization: through the originals, through the quantized blocks, and parts of that again.
@@ -83,7 +87,8 @@ def estimate(order: Order, recipe: Recipe, teacher: Shape | None) -> Estimate:
 def _need(flops: float, parameters: float, activations: float, *, processes: int = 1) -> Estimate:
     """Return the need of a stage whose processes, together as fast as one, each hold so much."""
     seconds = START_SECONDS + flops / (FLOPS_A_THREAD * threads_here())
-    each = PROCESS_BYTES + 4 * (parameters + activations)
+    build = 0 if version("torch").endswith("+cpu") else CUDA_BUILD_BYTES
+    each = PROCESS_BYTES + build + 4 * (parameters + activations)
     return Estimate(seconds, processes * each)
 
 
