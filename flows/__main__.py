@@ -174,10 +174,13 @@ def _measure_dimension(options: argparse.Namespace) -> int:
 def _typed() -> Iterator[None]:
     """Run a flow as a deployment would: with the tag by which an automation finds lost runs."""
     from prefect import tags
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
     from tasks.servers.logins import logging_in
 
-    with logging_in(), tags("stillroom"):
+    # Our flows give signs of life themselves; Prefect's would hold the terminal up to a second.
+    alone = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
+    with logging_in(), tags("stillroom"), alone:
         yield
 
 

@@ -15,6 +15,7 @@ from stillroom.config import Model, Recipe, Text
 from stillroom.errors import RecipeError
 from stillroom.redaction import redact
 from tasks.explain import explain
+from tasks.heartbeat import beating
 from tasks.keys import canonical
 from tasks.named import RecipeName, load_named, recipe_names
 from tasks.named_runs import OrderedRun, last_run, order_run
@@ -54,6 +55,7 @@ class Seen:
 
 
 @flow(name="watch-sources", persist_result=False)
+@beating()
 def watch_sources(recipes: tuple[RecipeName, ...] = ()) -> "State[list[Row]]":
     """Order a run of each recipe whose registered teacher or whose texts have changed.
 

@@ -56,13 +56,16 @@ def concluded(title: str, work: "Callable[[], State[R]]") -> "State[R]":
     """
     from prefect.states import Failed
 
-    try:
-        return work()
-    except Exception as error:
-        explained = explain(error, title)
-        if explained is None:
-            raise
-        return Failed(message=str(explained))
+    from tasks.heartbeat import beating
+
+    with beating():
+        try:
+            return work()
+        except Exception as error:
+            explained = explain(error, title)
+            if explained is None:
+                raise
+            return Failed(message=str(explained))
 
 
 def plainly(work: Callable[P, R]) -> Callable[P, R]:

@@ -24,7 +24,6 @@ from tasks.stages import Order
 from tasks.store.lease import leave_lease, take_lease
 from tasks.store.record import Record
 from tasks.store.store import ArtifactStore, open_store
-from tasks.suspension import say_suspended
 from tasks.tracking import (
     ParentRun,
     StageRecord,
@@ -130,11 +129,8 @@ class Journal:
         leave_lease(self.store.backend, self.parent.flow_run_id, keys, moment)
 
     def _suspend(self) -> None:
-        try:
-            self.log_cached()
-            suspend_parent_run(self.client, self.parent, self._waits_until)
-        finally:
-            say_suspended()
+        self.log_cached()
+        suspend_parent_run(self.client, self.parent, self._waits_until)
 
     def _fail(self) -> None:
         try:

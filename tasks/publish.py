@@ -65,7 +65,8 @@ def register_models(
     own = {f"{publish.name}-{name}": adapter for name, adapter in adapters.items()}
     registered: list[Registered] = []
     for name, record in (bases | own).items():
-        rivals.setdefault(name, champion(client, name, publish.alias))
+        if name not in rivals:
+            rivals[name] = champion(client, name, publish.alias)
         sits_on = registered[0] if name in own else None
         registered.append(_register(name, record, recipe.task, sits_on, journal))
     for version in registered:

@@ -6,8 +6,6 @@ from typing import NoReturn
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
-from prefect.events import emit_event
-from prefect.events.related import tags_as_related_resources
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from pydantic import Field
@@ -71,22 +69,6 @@ def suspend(question: Question, page: str, wait: timedelta) -> NoReturn:
         key=_pause_key(question),
     )
     raise StageError(f"Prefect did not suspend the run, which was to ask: {question.sentence}")
-
-
-def say_suspended() -> None:
-    """Tell the automation that misses heartbeats that none is to come; the last thing a run does.
-
-    A heartbeat between the suspension and the end of the process would be missed after 90 s, and
-    the waiting run be called Crashed: any later event of the run ends that watch.
-    """
-    if FlowRunContext.get() is None:
-        return
-    run = _flow_run()
-    emit_event(
-        "prefect.flow-run.stillroom-suspended",
-        resource={"prefect.resource.id": f"prefect.flow-run.{run.id}"},
-        related=tags_as_related_resources(set(run.tags)),
-    )
 
 
 def _flow_run() -> FlowRun:

@@ -27,8 +27,6 @@ def base_variables(settings: Settings, services: dict[str, str]) -> dict[str, st
             "PREFECT_HOME": str(settings.root / "prefect"),
             "PREFECT_API_URL": services["prefect"],
             "MLFLOW_TRACKING_URI": services["mlflow"],
-            # Three of them without a word, and an automation says that the run is lost.
-            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             # Scheduled scoring of traces: seven processes that nobody here asks for.
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "STILLROOM_HOME": str(settings.root),

@@ -22,6 +22,8 @@ from tests.flows.house import House, open_house, small_recipe, start
 from tests.flows.terminal import ROOT
 
 TRUTH_SECONDS = 120
+ALIVE_SECONDS = 100
+"""Longer than the automation waits for a sign of life."""
 START_SECONDS = 90
 NOTICE_SECONDS = 30
 
@@ -63,7 +65,7 @@ def test_they_watch_our_runs_alone() -> None:
 
 @pytest.mark.integration
 @pytest.mark.service
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(500)
 def test_a_run_that_lost_its_process_and_its_worker_becomes_crashed(
     tmp_path: Path, recipe: dict[str, Any], parts: Path
 ) -> None:
@@ -80,8 +82,11 @@ def test_a_run_that_lost_its_process_and_its_worker_becomes_crashed(
 
             long = small_recipe(recipe, parts)
             long["distillation"]["training"] = {"steps": 10**6, "checkpoint_every_steps": 10**5}
-            runs = [_ordered(house, long), _typed(house, long)]
-            killed = _kill_worker_and_flow(house)
+            with _typed(house, long) as typed:
+                runs = [_ordered(house, long), typed]
+                time.sleep(ALIVE_SECONDS)
+                assert [_state(house, run)["name"] for run in runs] == ["Running", "Running"]
+                killed = _kill_worker_and_flow(house)
             for run in runs:
                 state = _await_state(house, run, killed)
                 assert state["name"] == "Crashed"
@@ -113,8 +118,9 @@ def _ordered(house: House, recipe: dict[str, Any]) -> str:
     return run
 
 
-def _typed(house: House, recipe: dict[str, Any]) -> str:
-    """Return the id of a run that was typed into a terminal, and killed in its stages."""
+@contextmanager
+def _typed(house: House, recipe: dict[str, Any]) -> Iterator[str]:
+    """Yield the id of a run that is typed into a terminal, once it has begun; kill it then."""
     terminal = house.terminal
     terminal.write(recipe | {"seed": 1})
     before = {run["id"] for run in _runs(house)}
@@ -134,10 +140,10 @@ def _typed(house: House, recipe: dict[str, Any]) -> str:
 
     try:
         _until(begun, START_SECONDS)
+        yield found[0]
     finally:
         process.kill()
         process.wait()
-    return found[0]
 
 
 def _runs(house: House) -> list[dict[str, Any]]:
@@ -153,9 +159,14 @@ def _kill_worker_and_flow(house: House) -> float:
     return time.monotonic()
 
 
+def _state(house: House, run: str) -> dict[str, Any]:
+    state: dict[str, Any] = house.ask("GET", f"/flow_runs/{run}")["state"]
+    return state
+
+
 def _await_state(house: House, run: str, killed: float) -> dict[str, Any]:
     while True:
-        state: dict[str, Any] = house.ask("GET", f"/flow_runs/{run}")["state"]
+        state = _state(house, run)
         took = time.monotonic() - killed
         if state["type"] != "RUNNING":
             print(f"\n{state['name']} {took:.0f} s after the kill")
