@@ -59,6 +59,8 @@ class Registered:
     version: str
     artifact_key: str
     created: bool
+    tags: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """What the version said of itself when it was found."""
 
     @property
     def uri(self) -> str:
@@ -97,7 +99,9 @@ def find_registered(client: Any, name: str, artifact_key: str) -> Registered | N
         )
     for version in versions:
         if version.status == "READY":
-            return Registered(name, str(version.version), artifact_key, created=False)
+            return Registered(
+                name, str(version.version), artifact_key, created=False, tags=version.tags
+            )
     return None
 
 
@@ -107,8 +111,10 @@ def tag_gates(client: Any, registered: Registered, failed: list[str]) -> None:
     if failed:
         verdict[TAG_GATES_FAILED] = ", ".join(failed)[:5000]
     with reaching(client.tracking_uri):
-        for name, value in verdict.items():
+        for name, value in verdict.items() - registered.tags.items():
             client.set_model_version_tag(registered.name, registered.version, name, value)
+        for name in {TAG_GATES_FAILED} & registered.tags.keys() - verdict.keys():
+            client.delete_model_version_tag(registered.name, registered.version, name)
 
 
 def champion(client: Any, name: str, alias: str) -> Registered | None:

@@ -22,6 +22,7 @@ from tasks.registered import download_version, find_version, registered_keys
 from tasks.registry import (
     Registered,
     champion,
+    find_registered,
     move_alias,
     register_adapter,
     register_base,
@@ -238,6 +239,17 @@ def test_failed_gates_are_written_down_and_move_nothing(place: Place) -> None:
     assert tags["stillroom.gates"] == "failed"
     assert tags["stillroom.gates_failed"] == "perplexity, size"
     assert champion(place.client, "tiny", "champion") is None
+
+
+def test_gates_that_pass_later_replace_what_a_version_says(place: Place) -> None:
+    made = register_base(place.client, place.candidate("tiny", llama_folder(place.root), "a" * 64))
+    for failed in (["size"], [], []):
+        tag_gates(place.client, made, failed)
+        found = find_registered(place.client, "tiny", "a" * 64)
+        assert found is not None
+        made = found
+    assert made.tags["stillroom.gates"] == "passed"
+    assert "stillroom.gates_failed" not in made.tags
 
 
 def test_alias_moves_from_the_champion_it_was_compared_with_only(place: Place) -> None:
