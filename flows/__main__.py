@@ -180,8 +180,15 @@ def _typed() -> Iterator[None]:
 
     # Our flows give signs of life themselves; Prefect's would hold the terminal up to a second.
     alone = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
+    _collect_garbage()
     with logging_in(), tags("stillroom"), alone:
         yield
+
+
+def _collect_garbage() -> None:
+    """Collect garbage from now on, and not among what has been imported."""
+    gc.freeze()
+    gc.enable()
 
 
 def _require_server(execution: Any) -> None:
@@ -211,6 +218,7 @@ def _store(options: argparse.Namespace) -> int:
     from tasks.store.store import open_store
 
     settings = Settings()
+    _collect_garbage()
 
     def registered() -> set[str]:
         from tasks.registered import registered_keys
@@ -253,6 +261,7 @@ def _down(options: argparse.Namespace) -> int:
 if __name__ == "__main__":
     # Nearly all objects of this process are modules, and stay: to look them through again and
     # again, and once more at the end, takes longer than a cached run's own work.
+    gc.disable()
     gc.set_threshold(100_000, 50, 50)
     code = main()
     gc.freeze()

@@ -63,9 +63,7 @@ def resolver(own: Recipe | None = None) -> Resolve:
     Raises:
         SourceError: it points at nothing, cannot be asked, or is out of reach.
     """
-    from prefect.runtime import deployment
-
-    if deployment.id is None:
+    if not _was_ordered():
         return cache(resolve_source)
     settings, listed = Settings(), places_of(own) if own else frozenset()
 
@@ -75,6 +73,18 @@ def resolver(own: Recipe | None = None) -> Resolve:
         return resolve_source(place)
 
     return cache(resolve_within_reach)
+
+
+def _was_ordered() -> bool:
+    """Return whether a deployment's run is under way, be it around this one."""
+    from prefect.context import FlowRunContext
+    from prefect.runtime import deployment
+
+    context = FlowRunContext.get()
+    run = context.flow_run if context else None
+    if run is not None and run.parent_task_run_id is None:
+        return run.deployment_id is not None
+    return deployment.id is not None  # a request
 
 
 def resolve_or_leave(place: Model | Text) -> Source:
