@@ -33,6 +33,7 @@ from tasks.stages import (
     RUN_TRIAL,
     TRAIN_ADAPTER,
     TRIM_VOCABULARY,
+    TRUSTS_CODE,
     TUNE_TEACHER,
     Artifact,
     Order,
@@ -64,7 +65,8 @@ class Orders(Generic[A]):
 
     def import_champion(self, uri: str) -> A:
         """Order the checkpoint of the version that is registered now."""
-        champion = Model(source=uri, dtype=self.recipe.teacher.dtype)
+        own = self.recipe.teacher
+        champion = Model(source=uri, dtype=own.dtype, trust_remote_code=own.trust_remote_code)
         return self._import("import champion", champion)
 
     def trim_vocabulary(self, minimum_uses: int, teacher: A) -> A:
@@ -184,6 +186,10 @@ class Orders(Generic[A]):
     def _layout(self) -> dict[str, Any]:
         return {"teacher_device_map": self.recipe.execution.teacher_device_map}
 
+    @property
+    def _trust(self) -> dict[str, Any]:
+        return {TRUSTS_CODE: True} if self.recipe.teacher.trust_remote_code else {}
+
     def _import(self, title: str, model: Model) -> A:
         section = as_json(model, *PLACE, "config", "fine_tune", "vocabulary")
         return self._order(
@@ -221,7 +227,7 @@ class Orders(Generic[A]):
             title=title,
             stage=stage,
             section=section | {"task": self.recipe.task, "device": self.recipe.execution.device},
-            unkeyed=unkeyed or {},
+            unkeyed=(unkeyed or {}) | self._trust,
             seed=self.recipe.seed,
             sources=sources or {},
             inputs={role: artifact.key for role, artifact in inputs.items()},

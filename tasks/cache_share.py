@@ -4,7 +4,9 @@ from pydantic import BaseModel, ConfigDict
 
 from stillroom.errors import StageError
 from stillroom.progress import Progress
+from stillroom.remote_code import trusting_code
 from tasks.errand import find_inputs
+from tasks.reach import require_code_allowed
 from tasks.run_child import scratch_folder
 from tasks.settings import Settings
 from tasks.stages import Order
@@ -40,6 +42,8 @@ def work_share(share: Share, progress: Progress) -> None:
     settings = Settings()
     store = open_store(settings.store_url)
     order = share.order
+    if order.trusts_code:
+        require_code_allowed(order.title, settings)
     with scratch_folder(settings.scratch_root) as folder, store.lease(order.key):
         kinds = {role: record.kind for role, record in share.records.items()}
         # Whoever reaches the server's API can order a share: what is sent is looked up here.
@@ -57,7 +61,8 @@ def work_share(share: Share, progress: Progress) -> None:
             progress=progress,
             store_url=settings.store_url,
         )
-        plan = plan_capture(order, inputs)
+        with trusting_code(order.trusts_code):
+            plan = plan_capture(order, inputs)
         if share_capture(bench, plan, 1, share.threads, share.run):
             raise StageError(
                 f"{order.title}: a worker was killed, perhaps because memory ran out; what it had "

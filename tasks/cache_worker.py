@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from stillroom.progress import silent
+from stillroom.remote_code import trusting_code
 from tasks.processes import answer, die_with_parent, importing, line_to_parent
 from tasks.stages import Order
 from tasks.store.claims import StoreClaims
@@ -111,7 +112,7 @@ def work(request: WorkerRequest, folder: Path, made: Callable[[str], None]) -> N
         checkpoints=checkpoints,
         progress=silent,
     )
-    with importing():
+    with importing(), trusting_code(request.order.trusts_code):
         teacher = bench.load_teacher()
     names = _next_pieces(plan, set(checkpoints.names()), claims)
     capture_pieces(teacher, plan, names, checkpoints, made=made)

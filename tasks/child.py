@@ -16,6 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from stillroom.progress import Progress
+from stillroom.remote_code import copy_code, trusting_code
 from tasks.processes import answer, die_with_parent, importing, line_to_parent
 from tasks.quiet_logs import hide_secrets_in_logs
 from tasks.stages import Order
@@ -77,7 +78,10 @@ def work(request: Request, folder: Path, progress: Progress) -> Record:
             progress=progress,
             store_url=request.store_url,
         )
-        with training_team(bench):
+        if order.trusts_code and order.kind == "model":
+            for taken in inputs.values():
+                copy_code(taken, output)
+        with training_team(bench), trusting_code(order.trusts_code):
             with importing():
                 stage = importlib.import_module(order.stage.work)
             result = stage.work(bench)

@@ -10,6 +10,7 @@ from stillroom.errors import MismatchError, RecipeError, SourceError, StoreError
 from stillroom.hardware import threads_here
 from stillroom.progress import Progress
 from tasks.child import Request
+from tasks.reach import require_code_allowed
 from tasks.run_child import run_child
 from tasks.settings import Settings
 from tasks.stages import (
@@ -81,6 +82,7 @@ class _Unkeyed(BaseModel):
     workers: _Processes = 1
     over: Literal["processes", "prefect", "ray"] = "processes"
     teacher_device_map: Literal["auto"] | None = None
+    trust_remote_code: bool = False
 
 
 def class_of_workers(deployment: str, threads: int | None) -> str:
@@ -104,6 +106,8 @@ def do_errand(errand: Errand, deployment: str, progress: Progress) -> str:
     """
     order, settings = errand.order, Settings()
     _require_honest(errand, deployment)
+    if order.trusts_code:
+        require_code_allowed(order.title, settings)
     store = open_store(settings.store_url)
     what = f"{order.kind} {order.key[:12]}"
     if store.find(order.kind, order.key) is not None:

@@ -39,17 +39,27 @@ def require_within_reach(place: Model | Text, settings: Settings) -> None:
     Raises:
         SourceError: it is not within reach; the message says who can change that.
     """
-    if isinstance(place, Model) and place.trust_remote_code and not settings.allow_remote_code:
-        raise SourceError(
-            f"{place.source}: trust_remote_code runs the model's own code, which a recipe that "
-            "comes through the server may not; take a model that needs none, or set "
-            "STILLROOM_ALLOW_REMOTE_CODE=true where the worker is started"
-        )
+    if isinstance(place, Model) and place.trust_remote_code:
+        require_code_allowed(place.source, settings)
     where = place_of(place.source)
     if where == "local":
         _require_below_a_root(place.source, settings)
     elif where == "s3":
         _require_listed(place.source, settings)
+
+
+def require_code_allowed(what: str, settings: Settings) -> None:
+    """Refuse what comes through the server and would run a model's own code.
+
+    Raises:
+        SourceError: this machine's settings do not allow it.
+    """
+    if not settings.allow_remote_code:
+        raise SourceError(
+            f"{what}: trust_remote_code runs the model's own code, which a recipe that "
+            "comes through the server may not; take a model that needs none, or set "
+            "STILLROOM_ALLOW_REMOTE_CODE=true where the worker is started"
+        )
 
 
 def _require_below_a_root(reference: str, settings: Settings) -> None:

@@ -53,6 +53,9 @@ STAGES = (
 )
 
 
+TRUSTS_CODE = "trust_remote_code"
+
+
 class Artifact(Protocol):
     """What a stage takes from another: an artifact that exists, or one that is only planned."""
 
@@ -86,6 +89,11 @@ class Order(BaseModel):
     def kind(self) -> str:
         """Kind of the artifact that comes of it."""
         return self.stage.kind
+
+    @property
+    def trusts_code(self) -> bool:
+        """Whether the recipe says that code which its teacher brings along may run."""
+        return bool(self.unkeyed.get(TRUSTS_CODE, False))
 
     @property
     def key(self) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from stillroom.progress import silent
+from stillroom.remote_code import trusting_code
 from tasks.processes import answer, die_with_parent, importing
 from tasks.stages import Order
 from tasks.store.record import Record
@@ -64,7 +65,8 @@ def work(request: MemberRequest, folder: Path) -> None:
     )
     with importing():
         stage = importlib.import_module(order.stage.work)
-    stage.work(bench)
+    with trusting_code(order.trusts_code):
+        stage.work(bench)
 
 
 if __name__ == "__main__":

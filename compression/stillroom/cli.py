@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.errors import SourceError, StillroomError
+from stillroom.remote_code import trusting_code
 
 FORMATS = ("gptq", "gptq_v2", "auto-gptq", "compressed-tensors", "gguf")
 
@@ -29,7 +30,8 @@ def _pull(options: argparse.Namespace) -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
     from stillroom.pull import pull
 
-    pull(options.model, options.folder, merged=options.merged, tracking_uri=options.tracking)
+    with trusting_code(options.trust_remote_code):
+        pull(options.model, options.folder, merged=options.merged, tracking_uri=options.tracking)
     print(_hint(options.folder))
 
 
@@ -41,7 +43,8 @@ def _export(options: argparse.Namespace) -> None:
     if options.no_check:
         return
     try:
-        check = check_export(options.folder, written)
+        with trusting_code(options.trust_remote_code):
+            check = check_export(options.folder, written)
     except SourceError as error:
         print(f"its logits were not compared: {error}")
         return
@@ -95,6 +98,7 @@ def _add_pull(commands: Any) -> None:
         default=None,
         help="MLflow's address; without it MLFLOW_TRACKING_URI",
     )
+    _add_trust(pull, "with --merged")
     pull.set_defaults(run=_pull)
 
 
@@ -116,7 +120,16 @@ def _add_export(commands: Any) -> None:
         action="store_true",
         help="do not compare logits, which takes the memory of both models",
     )
+    _add_trust(export, "to compare logits")
     export.set_defaults(run=_export)
+
+
+def _add_trust(command: Any, when: str) -> None:
+    command.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help=f"run Python code that the model brings along, {when}: only code that you have read",
+    )
 
 
 def _add_inspect(commands: Any) -> None:

@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
 from stillroom.errors import SourceError
 from stillroom.layout import Layout
+from stillroom.remote_code import code_is_trusted
 
 if TYPE_CHECKING:  # a tokenizer needs nothing of what models are loaded with, which takes seconds
     from transformers import PreTrainedModel
@@ -78,7 +81,6 @@ def load_pretrained(
     *,
     task: Task,
     dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
     label_names: tuple[str, ...] = (),
     laid_out: Layout | None = None,
 ) -> "PreTrainedModel":
@@ -102,15 +104,36 @@ def load_pretrained(
                 str(folder),
                 dtype=dtype,
                 use_safetensors=True,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=code_is_trusted(),
                 **further,
             )
     except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"{folder} cannot be loaded as {task}: {_line(error)}") from error
+        raise _refusal(error, folder, f"cannot be loaded as {task}") from error
     return model.eval()  # type: ignore[no-any-return]
 
 
-def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
+def load_config(folder: Path) -> PreTrainedConfig:
+    """Return the model's configuration as transformers reads it.
+
+    Raises:
+        SourceError: transformers does not know such models.
+    """
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=code_is_trusted())
+    except (OSError, ValueError, KeyError) as error:
+        raise _refusal(error, folder, "is no model that transformers knows") from error
+    return config  # type: ignore[no-any-return]
+
+
+def new_model(config: PreTrainedConfig, *, task: Task, dtype: torch.dtype) -> "PreTrainedModel":
+    """Return a model of a configuration, with the numbers that it begins with."""
+    return model_class(task).from_config(  # type: ignore[no-any-return]
+        config, dtype=dtype, trust_remote_code=code_is_trusted()
+    )
+
+
+def load_tokenizer(folder: Path | str) -> Any:
     """Return the tokenizer in `folder`.
 
     Raises:
@@ -118,9 +141,9 @@ def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> An
     """
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=code_is_trusted())
     except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"{folder} holds no tokenizer: {_line(error)}") from error
+        raise _refusal(error, folder, "holds no tokenizer") from error
 
 
 def save_model(model: "PreTrainedModel", tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -207,6 +230,16 @@ def require_label_head(folder: Path) -> None:
             f"this version holds a {name}, which has no head that names classes: load an adapter "
             "that was registered on it"
         )
+
+
+def _refusal(error: Exception, folder: Path | str, what: str) -> SourceError:
+    if "trust_remote_code" in str(error):
+        return SourceError(
+            f"{folder} is loaded by Python code of its own, which runs only where someone trusts "
+            "it: read that code, then set teacher.trust_remote_code in the recipe (served models: "
+            'model_config={"trust_remote_code": True}; the library: stillroom.remote_code)'
+        )
+    return SourceError(f"{folder} {what}: {_line(error)}")
 
 
 def _line(error: Exception) -> str:

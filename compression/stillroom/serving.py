@@ -17,6 +17,7 @@ from stillroom.contents import Contents, read_contents
 from stillroom.errors import MismatchError, RecipeError
 from stillroom.intrinsic_dimension.folders import is_subspace
 from stillroom.llama_engine import GGUF_FILE, LlamaCppModel, has_llama_cpp
+from stillroom.remote_code import trusting_code
 
 # The code file of every registered version.
 CODE = """\
@@ -30,6 +31,7 @@ DEFAULT_CONFIG: dict[str, Any] = {
     "dtype": "float32",
     "device": "cpu",
     "engine": "auto",
+    "trust_remote_code": False,
 }
 Engine = Literal["torch", "llama.cpp"]
 DEFAULT_NEW_TOKENS = 32
@@ -44,8 +46,9 @@ def as_pyfunc() -> Any:
 
     `model_config` of `mlflow.pyfunc.load_model` may set `weights` (of a quantized model: "packed"
     keeps its integers in memory, "dense" unpacks them once, "auto" takes what decodes faster on the
-    device), `dtype` and `device`, and `engine`: "auto" takes
-    "llama.cpp" where the version holds a GGUF export that it can run, else "torch".
+    device), `dtype` and `device`, `engine`: "auto" takes "llama.cpp" where the version holds a GGUF
+    export that it can run, else "torch", and `trust_remote_code`, for a version that brings Python
+    code along, which you have read.
     """
     from pandas import DataFrame
 
@@ -79,9 +82,10 @@ class ServedModel:
         self.contents = contents
         self.engine = choose_engine(self.config, folder, contents)
         load = self._load if contents.base is None else self._load_adapted
-        self.model, self.tokenizer = (
-            self._load_gguf(folder) if self.engine == "llama.cpp" else load(folder)
-        )
+        with trusting_code(self.config["trust_remote_code"]):
+            self.model, self.tokenizer = (
+                self._load_gguf(folder) if self.engine == "llama.cpp" else load(folder)
+            )
 
     def predict(self, model_input: Any, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> Any:
         """Return a table with a row for each text.

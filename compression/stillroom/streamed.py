@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from stillroom.blocks import find_stacks, weight_at
 from stillroom.errors import CorruptedError
-from stillroom.models import Task, model_class, quiet, read_config, saved_dtype
+from stillroom.models import Task, load_config, new_model, quiet, read_config, saved_dtype
 from stillroom.quantization.formats.folder import QuantizedFolder, TensorFiles, open_quantized
 
 
@@ -141,7 +141,6 @@ def open_streamed(
     task: Task,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
-    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, OnDisk]:
     """Return the model in `folder` with everything but its blocks in memory, and its blocks.
 
@@ -150,16 +149,13 @@ def open_streamed(
         CorruptedError: tensors are missing.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig
 
     raw = read_config(folder)
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    config = load_config(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with quiet(), init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = model_class(task).from_config(
-            config, dtype=dtype or saved_dtype(raw), trust_remote_code=trust_remote_code
-        )
+        model = new_model(config, task=task, dtype=dtype or saved_dtype(raw))
     blocks = OnDisk(model, folder, torch.device(device))
     blocks.load_rest(find_stacks(model))
     for module in model.modules():

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from stillroom.builtin import builtin_model, import_builtin
 from stillroom.errors import SourceError
-from stillroom.models import load_tokenizer, read_config, tokenizer_hash
+from stillroom.models import load_config, load_tokenizer, read_config, tokenizer_hash
 from tasks.sources import fetch_folder
 from tasks.work.bench import Bench, Result
 
@@ -61,7 +61,8 @@ def _copy(folder: Path, output: Path, wanted: tuple[str, ...]) -> None:
 
 
 def _check(folder: Path, reference: str) -> None:
-    read_config(folder)
+    if "auto_map" in read_config(folder):
+        load_config(folder)  # code of its own may be needed, and not be trusted
     files = list(folder.glob("*.safetensors"))
     if not files:
         raise SourceError(

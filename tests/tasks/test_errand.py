@@ -112,6 +112,7 @@ def test_inputs_that_are_not_in_its_store(store: ArtifactStore, asked: list[Requ
         ),
         (order_of(unkeyed={"workers": 5000}), RecipeError, "workers"),
         (order_of(unkeyed={"command": "true"}), RecipeError, "command"),
+        (order_of(unkeyed={"trust_remote_code": True}), SourceError, "STILLROOM_ALLOW_REMOTE_CODE"),
         (order_of(inputs={"../../teacher": "a" * 64}), RecipeError, "no input that a flow orders"),
         (order_of(inputs={"teacher": "../" * 20}), RecipeError, "no input that a flow orders"),
         (order_of(inputs={"data": "a" * 64}), RecipeError, "no input that a flow orders"),

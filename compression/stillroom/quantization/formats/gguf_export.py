@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from stillroom.errors import MismatchError, RecipeError, SourceError
 from stillroom.llama_engine import GGUF_FILE
+from stillroom.models import load_config
 from stillroom.quantization.formats.gguf_architectures import find_architecture
 from stillroom.quantization.formats.gguf_blocks import (
     BLOCK,
@@ -99,15 +100,13 @@ def require_gguf(folder: Path, group_size: int) -> None:
         MismatchError: GGUF cannot hold the architecture or the tokenizer.
         RecipeError: it cannot hold groups of this size.
     """
-    from transformers import AutoConfig
-
     _import_gguf()
     if group_size != -1 and group_size % BLOCK:
         raise RecipeError(
             f"GGUF holds groups in multiples of {BLOCK}, group_size is {group_size}; use {BLOCK} "
             f"or {2 * BLOCK}, or leave out quantization.gguf"
         )
-    config = AutoConfig.from_pretrained(str(folder))
+    config = load_config(folder)
     find_architecture(config)
     find_vocabulary(folder, config.vocab_size)
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig
 
 from stillroom.errors import MismatchError
+from stillroom.models import load_config
 from stillroom.quantization.formats.folder import QuantizedFolder, open_quantized
 from stillroom.quantization.formats.gguf_architectures import (
     Architecture,
@@ -106,7 +106,7 @@ def open_reordered(folder: Path) -> Reordered:
         MismatchError: llama.cpp does not run its architecture.
     """
     checkpoint = open_quantized(folder)
-    config = AutoConfig.from_pretrained(str(folder))
+    config = load_config(folder)
     return Reordered(checkpoint, find_architecture(config), config)
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from stillroom.blocks import weight_at
 from stillroom.errors import CorruptedError
-from stillroom.models import Task, Weights, model_class, quiet
+from stillroom.models import Task, Weights, load_config, new_model, quiet
 from stillroom.quantization.formats.folder import open_quantized
 from stillroom.quantization.linear import QuantizedLinear
 
@@ -29,14 +29,14 @@ def load_quantized(
         SourceError: the folder holds no GPTQ checkpoint.
         CorruptedError: tensors of the model are missing.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
     from transformers.initialization import no_init_weights
 
     quantized = open_quantized(folder)
-    config = AutoConfig.from_pretrained(str(folder))
+    config = load_config(folder)
     del config.quantization_config
     with quiet(), no_init_weights():
-        model: PreTrainedModel = model_class(task).from_config(config, dtype=dtype)
+        model = new_model(config, task=task, dtype=dtype)
     model.tie_weights()
     state = {name: quantized.files[name] for name in quantized.plain}
     placed: set[str] = set()
