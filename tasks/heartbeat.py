@@ -1,5 +1,6 @@
 """Signs of life of a flow run: without them the automation stillroom-lost-runs calls it lost."""
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,11 @@ from prefect.exceptions import Pause
 
 BEAT_SECONDS = 30.0
 """The automation waits for three beats: deployments/automations.yaml."""
+BEAT = "prefect.flow-run.heartbeat"
+"""Prefect's own name of it, by which everybody's automations know it."""
+SUSPENDED = "prefect.flow-run.stillroom-suspended"
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -25,10 +31,13 @@ def beating() -> Iterator[None]:
 
     def beat() -> None:
         while not over.wait(BEAT_SECONDS):
-            _say("heartbeat")
+            try:
+                _say(BEAT)
+            except Exception as error:  # one beat may be missed, and the next may be heard
+                _log.warning("no sign of life was given: %s", error)
 
     heart = threading.Thread(target=copy_context().run, args=(beat,), name="heart", daemon=True)
-    _say("heartbeat")
+    _say(BEAT)
     heart.start()
     try:
         yield
@@ -37,20 +46,20 @@ def beating() -> Iterator[None]:
         heart.join()
         # A beat after the state Suspended would be missed after 90 s, and the waiting run be
         # called Crashed: a later event ends that watch.
-        _say("suspended")
+        _say(SUSPENDED)
         raise
     finally:
         over.set()
         heart.join()
 
 
-def _say(what: str) -> None:
+def _say(event: str) -> None:
     context = FlowRunContext.get()
     assert context is not None
     run = context.flow_run
     assert run is not None
     emit_event(
-        f"prefect.flow-run.stillroom-{what}",
+        event,
         resource={"prefect.resource.id": f"prefect.flow-run.{run.id}"},
         related=tags_as_related_resources(set(run.tags)),
     )

@@ -9,10 +9,8 @@ import pytest
 from prefect.exceptions import Pause
 
 from tasks import heartbeat
+from tasks.heartbeat import BEAT, SUSPENDED
 from tasks.servers.automations import AUTOMATIONS, listed
-
-BEAT = "prefect.flow-run.stillroom-heartbeat"
-SUSPENDED = "prefect.flow-run.stillroom-suspended"
 
 
 @pytest.fixture
@@ -52,6 +50,22 @@ def test_a_run_beats_until_it_is_over(said: list[str], error: BaseException | No
     time.sleep(0.1)
     assert said == over
     assert set(said) == {BEAT}
+
+
+def test_a_beat_that_is_not_heard_is_not_the_last(
+    said: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    emit, failures = heartbeat.emit_event, iter([None, OSError("away"), OSError("away")])
+
+    def emit_or_fail(*arguments: Any, **named: Any) -> None:
+        failure = next(failures, None)
+        if failure is not None:
+            raise failure
+        emit(*arguments, **named)
+
+    monkeypatch.setattr(heartbeat, "emit_event", emit_or_fail)
+    run(said, None)
+    assert caplog.messages == ["no sign of life was given: away"] * 2
 
 
 def test_a_suspended_run_says_so_last(said: list[str]) -> None:
