@@ -112,7 +112,7 @@ def _run_until(recipe: Any, until: Any) -> int:
     _require_server(recipe.execution)
     from flows.make_part import make_part
 
-    with _typed():
+    with typed():
         state: Any = make_part(recipe, until, return_state=True)
     if not state.is_completed():
         raise StillroomError(state.message or f"the run ended as {state.name}")
@@ -130,7 +130,7 @@ def _run(recipe: Any) -> int:
     _require_server(recipe.execution)
     from flows.compress import compress
 
-    with _typed():
+    with typed():
         state: Any = compress(recipe, return_state=True)
     if not state.is_completed() and state.name != "Refused":
         raise StillroomError(state.message or f"the run ended as {state.name}")
@@ -158,7 +158,7 @@ def _measure_dimension(options: argparse.Namespace) -> int:
     _require_server(recipe.execution)
     from flows.measure_intrinsic_dimension import measure_intrinsic_dimension
 
-    with _typed():
+    with typed():
         state: Any = measure_intrinsic_dimension(recipe, return_state=True)
     if not state.is_completed():
         raise StillroomError(state.message or f"the run ended as {state.name}")
@@ -171,7 +171,7 @@ def _measure_dimension(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _typed() -> Iterator[None]:
+def typed() -> Iterator[None]:
     """Run a flow as a deployment would: with the tag by which an automation finds lost runs."""
     from prefect import tags
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings

@@ -65,8 +65,7 @@ class Orders(Generic[A]):
 
     def import_champion(self, uri: str) -> A:
         """Order the checkpoint of the version that is registered now."""
-        own = self.recipe.teacher
-        champion = Model(source=uri, dtype=own.dtype, trust_remote_code=own.trust_remote_code)
+        champion = Model(source=uri, dtype=self.recipe.teacher.dtype)
         return self._import("import champion", champion)
 
     def trim_vocabulary(self, minimum_uses: int, teacher: A) -> A:
@@ -187,8 +186,11 @@ class Orders(Generic[A]):
         return {"teacher_device_map": self.recipe.execution.teacher_device_map}
 
     @property
-    def _trust(self) -> dict[str, Any]:
-        return {TRUSTS_CODE: True} if self.recipe.teacher.trust_remote_code else {}
+    def _for_all(self) -> dict[str, Any]:
+        """What every stage reads."""
+        read = {"task": self.recipe.task, "device": self.recipe.execution.device}
+        # A model's own code computes something else than what else may load it.
+        return read | ({TRUSTS_CODE: True} if self.recipe.teacher.trust_remote_code else {})
 
     def _import(self, title: str, model: Model) -> A:
         section = as_json(model, *PLACE, "config", "fine_tune", "vocabulary")
@@ -226,8 +228,8 @@ class Orders(Generic[A]):
         order = Order(
             title=title,
             stage=stage,
-            section=section | {"task": self.recipe.task, "device": self.recipe.execution.device},
-            unkeyed=(unkeyed or {}) | self._trust,
+            section=section | self._for_all,
+            unkeyed=unkeyed or {},
             seed=self.recipe.seed,
             sources=sources or {},
             inputs={role: artifact.key for role, artifact in inputs.items()},

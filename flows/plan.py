@@ -84,7 +84,7 @@ def _was_ordered() -> bool:
     run = context.flow_run if context else None
     if run is not None and run.parent_task_run_id is None:
         return run.deployment_id is not None
-    return deployment.id is not None  # a request
+    return deployment.id is not None  # Prefect's server may be asked
 
 
 def resolve_or_leave(place: Model | Text) -> Source:

@@ -55,7 +55,6 @@ class Seen:
 
 
 @flow(name="watch-sources", persist_result=False)
-@beating()
 def watch_sources(recipes: tuple[RecipeName, ...] = ()) -> "State[list[Row]]":
     """Order a run of each recipe whose registered teacher or whose texts have changed.
 
@@ -66,6 +65,11 @@ def watch_sources(recipes: tuple[RecipeName, ...] = ()) -> "State[list[Row]]":
             that name a registered model or S3.
     """
     hide_secrets_in_logs()
+    with beating():
+        return _look(recipes)
+
+
+def _look(recipes: tuple[RecipeName, ...]) -> "State[list[Row]]":
     rows: list[Row] = []
     errors: list[str] = []
     try:

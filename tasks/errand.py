@@ -82,7 +82,6 @@ class _Unkeyed(BaseModel):
     workers: _Processes = 1
     over: Literal["processes", "prefect", "ray"] = "processes"
     teacher_device_map: Literal["auto"] | None = None
-    trust_remote_code: bool = False
 
 
 def class_of_workers(deployment: str, threads: int | None) -> str:

@@ -1,6 +1,5 @@
 """Signs of life of a flow run: without them the automation stillroom-lost-runs calls it lost."""
 
-import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +16,6 @@ BEAT = "prefect.flow-run.heartbeat"
 """Prefect's own name of it, by which everybody's automations know it."""
 SUSPENDED = "prefect.flow-run.stillroom-suspended"
 
-_log = logging.getLogger(__name__)
-
 
 @contextmanager
 def beating() -> Iterator[None]:
@@ -31,10 +28,7 @@ def beating() -> Iterator[None]:
 
     def beat() -> None:
         while not over.wait(BEAT_SECONDS):
-            try:
-                _say(BEAT)
-            except Exception as error:  # one beat may be missed, and the next may be heard
-                _log.warning("no sign of life was given: %s", error)
+            _say(BEAT)
 
     heart = threading.Thread(target=copy_context().run, args=(beat,), name="heart", daemon=True)
     _say(BEAT)

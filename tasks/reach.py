@@ -56,7 +56,7 @@ def require_code_allowed(what: str, settings: Settings) -> None:
     """
     if not settings.allow_remote_code:
         raise SourceError(
-            f"{what}: trust_remote_code runs the model's own code, which a recipe that "
+            f"{what}: trust_remote_code runs the model's own code, which a recipe or a stage that "
             "comes through the server may not; take a model that needs none, or set "
             "STILLROOM_ALLOW_REMOTE_CODE=true where the worker is started"
         )

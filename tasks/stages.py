@@ -93,7 +93,7 @@ class Order(BaseModel):
     @property
     def trusts_code(self) -> bool:
         """Whether the recipe says that code which its teacher brings along may run."""
-        return bool(self.unkeyed.get(TRUSTS_CODE, False))
+        return bool(self.section.get(TRUSTS_CODE, False))
 
     @property
     def key(self) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.errors import SourceError, StillroomError
-from stillroom.remote_code import trusting_code
+from stillroom.remote_code import has_own_code, trusting_code
 
 FORMATS = ("gptq", "gptq_v2", "auto-gptq", "compressed-tensors", "gguf")
 
@@ -64,7 +64,8 @@ def _inspect(options: argparse.Namespace) -> None:
 def _hint(folder: Path) -> str:
     if (folder / "adapter").is_dir():
         return f"base and adapter verified; from_pretrained('{folder / 'adapter'}') loads both"
-    return f"verified; from_pretrained('{folder}') loads it"
+    trust = ", trust_remote_code=True" if has_own_code(folder) else ""
+    return f"verified; from_pretrained('{folder}'{trust}) loads it"
 
 
 def _parser() -> argparse.ArgumentParser:

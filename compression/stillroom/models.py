@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from stillroom.errors import SourceError
 from stillroom.layout import Layout
-from stillroom.remote_code import code_is_trusted
+from stillroom.remote_code import code_is_trusted, has_own_code, require_trust, untrusted
 
 if TYPE_CHECKING:  # a tokenizer needs nothing of what models are loaded with, which takes seconds
     from transformers import PreTrainedModel
@@ -98,17 +98,14 @@ def load_pretrained(
         }
     if laid_out is not None:
         further |= {"device_map": laid_out.device_map, "offload_folder": str(laid_out.offloaded)}
-    try:
-        with quiet():
-            model = model_class(task).from_pretrained(
-                str(folder),
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=code_is_trusted(),
-                **further,
-            )
-    except (OSError, ValueError, KeyError) as error:
-        raise _refusal(error, folder, f"cannot be loaded as {task}") from error
+    with _loading(folder, f"cannot be loaded as {task}"):
+        model = model_class(task).from_pretrained(
+            str(folder),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=code_is_trusted(),
+            **further,
+        )
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -118,19 +115,23 @@ def load_config(folder: Path) -> PreTrainedConfig:
     Raises:
         SourceError: transformers does not know such models.
     """
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=code_is_trusted())
-    except (OSError, ValueError, KeyError) as error:
-        raise _refusal(error, folder, "is no model that transformers knows") from error
-    return config  # type: ignore[no-any-return]
+    with _loading(folder, "is no model that transformers knows"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(folder), trust_remote_code=code_is_trusted()
+        )
+        return config
 
 
-def new_model(config: PreTrainedConfig, *, task: Task, dtype: torch.dtype) -> "PreTrainedModel":
-    """Return a model of a configuration, with the numbers that it begins with."""
-    return model_class(task).from_config(  # type: ignore[no-any-return]
-        config, dtype=dtype, trust_remote_code=code_is_trusted()
-    )
+def new_model(folder: Path, config: PreTrainedConfig, *, task: Task, dtype: torch.dtype) -> Any:
+    """Return the model that a folder's `config` describes, with the numbers that it begins with.
+
+    Raises:
+        SourceError: transformers has no such model for the task.
+    """
+    with _loading(folder, f"cannot be loaded as {task}"):
+        return model_class(task).from_config(
+            config, dtype=dtype, trust_remote_code=code_is_trusted()
+        )
 
 
 def load_tokenizer(folder: Path | str) -> Any:
@@ -139,11 +140,8 @@ def load_tokenizer(folder: Path | str) -> Any:
     Raises:
         SourceError: there is none.
     """
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=code_is_trusted())
-    except (OSError, ValueError, KeyError) as error:
-        raise _refusal(error, folder, "holds no tokenizer") from error
+    with _loading(folder, "holds no tokenizer"):
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=code_is_trusted())
 
 
 def save_model(model: "PreTrainedModel", tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -232,14 +230,21 @@ def require_label_head(folder: Path) -> None:
         )
 
 
-def _refusal(error: Exception, folder: Path | str, what: str) -> SourceError:
-    if "trust_remote_code" in str(error):
-        return SourceError(
-            f"{folder} is loaded by Python code of its own, which runs only where someone trusts "
-            "it: read that code, then set teacher.trust_remote_code in the recipe (served models: "
-            'model_config={"trust_remote_code": True}; the library: stillroom.remote_code)'
-        )
-    return SourceError(f"{folder} {what}: {_line(error)}")
+@contextmanager
+def _loading(folder: Path | str, refusal: str) -> Iterator[None]:
+    """Say in one line why transformers does not load a folder, and run no code unasked."""
+    require_trust(Path(folder))
+    try:
+        with quiet():
+            yield
+    except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise untrusted(folder) from error
+        raise SourceError(f"{folder} {refusal}: {_line(error)}") from error
+    except ImportError as error:
+        if not has_own_code(Path(folder)):
+            raise
+        raise SourceError(f"{folder} {refusal}: its own code needs {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:

@@ -82,7 +82,7 @@ class ServedModel:
         self.contents = contents
         self.engine = choose_engine(self.config, folder, contents)
         load = self._load if contents.base is None else self._load_adapted
-        with trusting_code(self.config["trust_remote_code"]):
+        with trusting_code(_trust(self.config)):
             self.model, self.tokenizer = (
                 self._load_gguf(folder) if self.engine == "llama.cpp" else load(folder)
             )
@@ -252,6 +252,15 @@ class ServedModel:
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return int(pad if pad is not None else self._start_id())
+
+
+def _trust(config: Mapping[str, Any]) -> bool:
+    trusted = config["trust_remote_code"]
+    if not isinstance(trusted, bool):
+        raise RecipeError(
+            f"model_config: expected trust_remote_code true or false; {trusted!r} came"
+        )
+    return trusted
 
 
 def choose_engine(config: Mapping[str, Any], folder: Path, contents: Contents) -> Engine:

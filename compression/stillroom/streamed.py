@@ -155,7 +155,9 @@ def open_streamed(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with quiet(), init_empty_weights(include_buffers=False):
-        model = new_model(config, task=task, dtype=dtype or saved_dtype(raw))
+        model: PreTrainedModel = new_model(
+            folder, config, task=task, dtype=dtype or saved_dtype(raw)
+        )
     blocks = OnDisk(model, folder, torch.device(device))
     blocks.load_rest(find_stacks(model))
     for module in model.modules():

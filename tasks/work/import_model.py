@@ -62,7 +62,7 @@ def _copy(folder: Path, output: Path, wanted: tuple[str, ...]) -> None:
 
 def _check(folder: Path, reference: str) -> None:
     if "auto_map" in read_config(folder):
-        load_config(folder)  # code of its own may be needed, and not be trusted
+        load_config(folder)  # code of its own may be needed, and not be trusted or be elsewhere
     files = list(folder.glob("*.safetensors"))
     if not files:
         raise SourceError(

@@ -5,12 +5,13 @@ from stillroom.adapters.folder import save_adapter
 from stillroom.adapters.options import Method, make_options
 from stillroom.adapters.training import task_of, train_adapter
 from stillroom.data.prepare import load_prepared
+from tasks.stages import TRUSTS_CODE
 from tasks.training_curves import write_history
 from tasks.work.bench import Bench, Result
 from tasks.work.training import history_metrics, training_options
 
 # What a recipe says of an adapter beside its method's options.
-OTHERS = ("method", "name", "training", "task", "device", "dtype")
+OTHERS = ("method", "name", "training", "task", "device", "dtype", TRUSTS_CODE)
 
 
 def work(bench: Bench) -> Result:

@@ -1,12 +1,13 @@
 """What a recipe that is ordered by its name may read: what its file says, and no more."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
-from flows.plan import planned_keys, resolver
+from flows.plan import planned_keys, resolve_source, resolver
 from stillroom.config import load_recipe
 from stillroom.errors import SourceError
 
@@ -65,7 +66,9 @@ def test_a_change_that_reads_nothing_else(file: Path, change: str) -> None:
     ],
 )
 def test_a_change_that_reads_more(file: Path, change: str) -> None:
-    with pytest.raises(SourceError, match="a recipe that comes through the server may"):
+    with pytest.raises(
+        SourceError, match=r"a recipe (or a stage )?that comes through the server may"
+    ):
         keys(file, change.format(folder=file.parent))
 
 
@@ -83,3 +86,33 @@ def test_the_operators_own_recipe_runs_the_code_that_it_names(file: Path) -> Non
     assert keys(trusting)
     with pytest.raises(SourceError, match="trust_remote_code"):
         keys(trusting, "teacher.revision=other")
+
+
+def run_of(deployment: str | None, parent: str | None) -> Any:
+    return SimpleNamespace(
+        flow_run=SimpleNamespace(deployment_id=deployment, parent_task_run_id=parent)
+    )
+
+
+@pytest.mark.parametrize(
+    ("context", "asked", "ordered"),
+    [
+        (None, None, False),
+        (None, "ordered", True),
+        (run_of(None, None), "not asked", False),  # typed into a terminal
+        (run_of("ordered", None), None, True),
+        (run_of(None, "a task"), "ordered", True),  # within a deployment's run
+        (run_of(None, "a task"), None, False),
+    ],
+)
+def test_whether_the_server_ordered_a_run(
+    context: Any, asked: str | None, ordered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `asked` says is what Prefect's server would."""
+    monkeypatch.setattr("prefect.context.FlowRunContext", SimpleNamespace(get=lambda: context))
+    monkeypatch.setattr("flows.plan.cache", lambda resolve: resolve)
+    if asked is None:
+        monkeypatch.delenv("PREFECT__RUNTIME__DEPLOYMENT__ID", raising=False)
+    else:
+        monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", asked)
+    assert (resolver() is not resolve_source) == ordered

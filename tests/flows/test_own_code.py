@@ -62,6 +62,10 @@ def test_its_student_is_quantized_registered_and_served(own: Terminal) -> None:
 
 @pytest.mark.integration
 def test_its_code_is_not_run_unasked(own: Terminal) -> None:
+    mark = own.folder / "ran"
+    for file in (own.folder / "own").glob("*.py"):
+        file.write_text(f"open({str(mark)!r}, 'w')\n{file.read_text()}")
     done = own.compress("--set", "teacher.trust_remote_code=false")
     assert REFUSAL in assert_refused(done, "import teacher")
     assert own.records("model") == []
+    assert not mark.exists()

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 
 class OwnConfig(LlamaConfig):
-    model_type = "own"
+    model_type = "{kind}"
 """
 MODELING = """
 from transformers import LlamaForCausalLM
@@ -29,12 +29,12 @@ class OwnForCausalLM(LlamaForCausalLM):
 """
 
 
-def write_own_model(folder: Path, layers: int = 4, hidden: int = 64) -> None:
-    """Write a Llama whose logits its own code halves."""
-    save_model(tiny_llama(seed=1, layers=layers, hidden=hidden), tiny_tokenizer(), folder)
+def write_own_model(folder: Path, kind: str = "own") -> None:
+    """Write a Llama whose logits its own code halves; transformers knows the kind llama."""
+    save_model(tiny_llama(seed=1, layers=4, hidden=64), tiny_tokenizer(), folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {
-        "model_type": "own",
+        "model_type": kind,
         "architectures": ["OwnForCausalLM"],
         "auto_map": {
             "AutoConfig": "configuration_own.OwnConfig",
@@ -42,5 +42,5 @@ def write_own_model(folder: Path, layers: int = 4, hidden: int = 64) -> None:
         },
     }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "configuration_own.py").write_text(CONFIGURATION)
+    (folder / "configuration_own.py").write_text(CONFIGURATION.format(kind=kind))
     (folder / "modeling_own.py").write_text(MODELING)

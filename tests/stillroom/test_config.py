@@ -94,6 +94,16 @@ def test_a_preset_gives_the_weights_that_the_recipe_leaves_open() -> None:
     assert (own.soft_weight, own.hard_weight, own.temperature) == (1.0, 0.0, 4.0)
 
 
+@pytest.mark.parametrize(
+    "change", ["quantization.engine=gptqmodel", "gates.max_champion_loss_nats=0.1"]
+)
+def test_a_teacher_with_code_of_its_own_is_loaded_by_us_alone(change: str) -> None:
+    load_recipe(DEMO, [change])
+    load_recipe(DEMO, ["teacher.trust_remote_code=true"])
+    with pytest.raises(RecipeError, match=r"\(teacher\.trust_remote_code\)"):
+        load_recipe(DEMO, [change, "teacher.trust_remote_code=true"])
+
+
 def test_a_recipe_cannot_change() -> None:
     recipe = load_recipe(DEMO)
     with pytest.raises(ValidationError):

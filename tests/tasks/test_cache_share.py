@@ -9,6 +9,7 @@ import pytest
 from stillroom.config import Distillation
 from stillroom.data.prepare import PreparedData, save_prepared
 from stillroom.distillation.teacher_cache import gather
+from stillroom.errors import SourceError
 from stillroom.models import save_model, tokenizer_hash
 from stillroom.progress import silent
 from tasks.cache_share import Share, work_share
@@ -60,6 +61,16 @@ def test_everything_is_in_the_store_afterwards(share: Share, tmp_path: Path) -> 
 
     gather(plan, tmp_path / "cache", checkpoints, no_teacher, progress=silent)
     assert not list((tmp_path / "home" / "scratch").iterdir())
+
+
+def test_a_teacher_s_own_code_runs_where_this_machine_allows_it(
+    share: Share, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("STILLROOM_ALLOW_REMOTE_CODE", raising=False)
+    section = share.order.section | {"trust_remote_code": True}
+    order = share.order.model_copy(update={"section": section})
+    with pytest.raises(SourceError, match="STILLROOM_ALLOW_REMOTE_CODE"):
+        work_share(share.model_copy(update={"order": order}), silent)
 
 
 def test_what_another_worker_claimed_is_left_to_it(share: Share, tmp_path: Path) -> None:

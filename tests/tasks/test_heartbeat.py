@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 from prefect.exceptions import Pause
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY
 
+from flows.__main__ import typed
 from tasks import heartbeat
 from tasks.heartbeat import BEAT, SUSPENDED
 from tasks.servers.automations import AUTOMATIONS, listed
@@ -52,22 +54,6 @@ def test_a_run_beats_until_it_is_over(said: list[str], error: BaseException | No
     assert set(said) == {BEAT}
 
 
-def test_a_beat_that_is_not_heard_is_not_the_last(
-    said: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    emit, failures = heartbeat.emit_event, iter([None, OSError("away"), OSError("away")])
-
-    def emit_or_fail(*arguments: Any, **named: Any) -> None:
-        failure = next(failures, None)
-        if failure is not None:
-            raise failure
-        emit(*arguments, **named)
-
-    monkeypatch.setattr(heartbeat, "emit_event", emit_or_fail)
-    run(said, None)
-    assert caplog.messages == ["no sign of life was given: away"] * 2
-
-
 def test_a_suspended_run_says_so_last(said: list[str]) -> None:
     with pytest.raises(Pause):
         run(said, Pause())
@@ -80,3 +66,9 @@ def test_the_automation_waits_for_three_beats() -> None:
     (lost,) = [each for each in listed(AUTOMATIONS) if each["name"] == "stillroom-lost-runs"]
     assert lost["trigger"]["after"] == [BEAT]
     assert lost["trigger"]["within"] == 3 * heartbeat.BEAT_SECONDS
+
+
+def test_prefect_s_own_beats_hold_no_terminal() -> None:
+    with typed():
+        assert PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value() is None
+    assert PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value() is not None

@@ -75,6 +75,22 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _trusts_what_is_loaded(self) -> "Recipe":
+        if not self.teacher.trust_remote_code:
+            return self
+        if self.quantization and self.quantization.engine != "stillroom":
+            raise ValueError(
+                f"quantization.engine: {self.quantization.engine} runs no code of the teacher's "
+                "(teacher.trust_remote_code); leave the engine out"
+            )
+        if self.gates.max_champion_loss_nats is not None:
+            raise ValueError(
+                "gates.max_champion_loss_nats loads the champion, whose code may be another's than "
+                "the teacher's (teacher.trust_remote_code); leave this gate out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fits_the_task(self) -> "Recipe":
         everywhere = {"data": self.data}
         everywhere |= {f"adapters.{each.name}.data": each.data for each in self.adapters}

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.errors import MismatchError, SourceError
-from stillroom.models import saved_dtype
+from stillroom.models import load_config, saved_dtype
 from stillroom.quantization.formats.folder import QuantizedFolder, open_quantized
 from stillroom.quantization.formats.gptq_versions import convert_zeros
 from stillroom.quantization.formats.shards import SHARD_BYTES, ShardWriter, new_folder, write_config
 from stillroom.quantization.packing import WORD, PackedWeight, has_plain_groups, unpack_zeros
+from stillroom.remote_code import refuse_own_code
 
 
 @dataclass(frozen=True, order=True)
@@ -135,7 +136,8 @@ def find_places(source: QuantizedFolder) -> Places:
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(str(source.folder))
+    refuse_own_code(source.folder, "who reads this format")
+    config = load_config(source.folder)
     names = config.architectures or ["none"]
     kind = getattr(transformers, names[0], None)
     if kind is None:

@@ -31,6 +31,7 @@ from stillroom.quantization.formats.gguf_tensors import (
 )
 from stillroom.quantization.formats.gguf_vocabulary import find_vocabulary, write_vocabulary
 from stillroom.quantization.weight import QuantizedWeight
+from stillroom.remote_code import refuse_own_code
 
 __all__ = ["GGUF_FILE", "GgufReport", "export_gguf", "require_gguf"]
 VocabularyMode = Literal["full", "none"]
@@ -106,6 +107,7 @@ def require_gguf(folder: Path, group_size: int) -> None:
             f"GGUF holds groups in multiples of {BLOCK}, group_size is {group_size}; use {BLOCK} "
             f"or {2 * BLOCK}, or leave out quantization.gguf"
         )
+    refuse_own_code(folder, "llama.cpp")
     config = load_config(folder)
     find_architecture(config)
     find_vocabulary(folder, config.vocab_size)

@@ -21,6 +21,7 @@ from stillroom.quantization.formats.gguf_architectures import (
 )
 from stillroom.quantization.formats.gguf_blocks import BLOCK
 from stillroom.quantization.weight import QuantizedWeight
+from stillroom.remote_code import refuse_own_code
 
 PlainType = Literal["F32", "F16", "Q8_0"]
 EMBEDDINGS = ("token_embd.weight", "output.weight")
@@ -106,6 +107,7 @@ def open_reordered(folder: Path) -> Reordered:
         MismatchError: llama.cpp does not run its architecture.
     """
     checkpoint = open_quantized(folder)
+    refuse_own_code(folder, "llama.cpp")
     config = load_config(folder)
     return Reordered(checkpoint, find_architecture(config), config)
 

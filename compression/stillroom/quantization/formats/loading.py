@@ -36,7 +36,7 @@ def load_quantized(
     config = load_config(folder)
     del config.quantization_config
     with quiet(), no_init_weights():
-        model = new_model(config, task=task, dtype=dtype)
+        model: PreTrainedModel = new_model(folder, config, task=task, dtype=dtype)
     model.tie_weights()
     state = {name: quantized.files[name] for name in quantized.plain}
     placed: set[str] = set()
