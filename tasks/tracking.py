@@ -89,6 +89,9 @@ def connect(tracking_uri: str) -> Any:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     # 2 + 4 + 8 + 16 seconds between the tries; MLflow's own 7 retries last for minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
+    # About a minute for MLflow's own S3 client as well, which gives up after some seconds.
+    os.environ.setdefault("AWS_RETRY_MODE", "standard")
+    os.environ.setdefault("AWS_MAX_ATTEMPTS", "10")
     if tracking_uri.startswith("sqlite:///"):
         Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     # Loading models:/ and files behind a server reads these, not the client.

@@ -64,9 +64,13 @@ rgw dns name = localhost
 
 @dataclass(frozen=True)
 class S3Server:
+    """An address and two users: one owns the buckets, the other (Ceph's) has no rights at first."""
+
     endpoint: str
     access_key: str
     secret_key: str
+    other_access_key: str = "other"
+    other_secret_key: str = "othersecret"
 
 
 @dataclass(frozen=True)
@@ -124,10 +128,14 @@ def rgw_server(root: Path) -> Iterator[S3Server]:
     try:
         _start_ceph(root, conf, ports)
         _await(server.endpoint)
-        _ceph(
-            conf, "radosgw-admin", "user", "create", "--uid=test", "--display-name=test",
-            f"--access-key={server.access_key}", f"--secret={server.secret_key}",
-        )  # fmt: skip
+        for key, secret in (
+            (server.access_key, server.secret_key),
+            (server.other_access_key, server.other_secret_key),
+        ):
+            _ceph(
+                conf, "radosgw-admin", "user", "create", f"--uid={key}", f"--display-name={key}",
+                f"--access-key={key}", f"--secret={secret}",
+            )  # fmt: skip
         yield server
     finally:
         for name in ("client.admin", "osd.0", "mgr.x", "mon.a"):

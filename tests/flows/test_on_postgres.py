@@ -1,8 +1,10 @@
 """A tiny recipe end to end in a team's set-up, its stages in the GPU pool, by API and by cron."""
 
+import json
+import os
 import subprocess
-import sys
 import time
+import venv
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,37 @@ from tests.flows.house import SHORT, House
 from tests.flows.many import order_many
 from tests.flows.team import NEEDS, PASSWORD, USER, sent
 from tests.flows.terminal import assert_done
-from tests.servers import Postgres
+from tests.servers import Postgres, S3Server
 
 pytestmark = [pytest.mark.integration, pytest.mark.service, *NEEDS]
 
 CRON_SECONDS = 240
-LOAD = """
-import sys
+READER, READER_PASSWORD = "rob", "reads and no more"
+REQUIREMENTS = """
 import mlflow
-model = mlflow.pyfunc.load_model(sys.argv[1])
+print(mlflow.pyfunc.get_model_dependencies("models:/tiny@champion"))
+"""
+LOAD = """
+import importlib.util
+import mlflow
+assert importlib.util.find_spec("stillroom") is None
+model = mlflow.pyfunc.load_model("models:/tiny@champion")
 print(len(model.predict(["the cat sat", "a mat"], params={"max_new_tokens": 2})))
+"""
+WRITE = """
+import urllib.parse
+import boto3, botocore, mlflow
+client = mlflow.MlflowClient()
+source = client.get_model_version_download_uri("tiny", "1")
+bucket = urllib.parse.urlparse(source).netloc
+try:
+    boto3.client("s3").put_object(Bucket=bucket, Key="new", Body=b"")
+except botocore.exceptions.ClientError as error:
+    print(error.response["Error"]["Code"])
+try:
+    client.set_registered_model_alias("tiny", "mine", "1")
+except mlflow.exceptions.MlflowException as error:
+    print(error.error_code)
 """
 
 
@@ -79,24 +102,65 @@ def _first_scheduled(team: House) -> dict[str, Any]:
         time.sleep(1)
 
 
-def test_the_champion_loads(team: House, ordered: dict[str, Any], tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, "models:/tiny@champion"],
-        cwd=tmp_path,
-        env=team.terminal.environment()
-        | {
-            "MLFLOW_TRACKING_URI": team.mlflow,
-            "MLFLOW_TRACKING_USERNAME": USER,
-            "MLFLOW_TRACKING_PASSWORD": PASSWORD,
-            "PYTHONPATH": "",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
+@pytest.mark.alone
+@pytest.mark.timeout(1200)
+def test_a_reader_loads_the_champion_in_a_new_environment(
+    team: House, ordered: dict[str, Any], ceph: S3Server, tmp_path: Path
+) -> None:
+    """Who may read, and no more, has what pip installs and nothing of this project."""
+    let_read(team, ceph)
+    reader = {
+        "HOME": str(tmp_path),
+        "PATH": os.environ["PATH"],
+        "MLFLOW_TRACKING_URI": team.mlflow,
+        "MLFLOW_TRACKING_USERNAME": READER,
+        "MLFLOW_TRACKING_PASSWORD": READER_PASSWORD,
+        "AWS_ENDPOINT_URL_S3": ceph.endpoint,
+        "AWS_ACCESS_KEY_ID": ceph.other_access_key,
+        "AWS_SECRET_ACCESS_KEY": ceph.other_secret_key,
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [python, *command], cwd=tmp_path, env=reader, capture_output=True, text=True,
+            check=False, timeout=900,
+        )  # fmt: skip
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+        return done.stdout
+
+    run("-m", "pip", "install", "--quiet", "mlflow", "boto3")
+    requirements = run("-c", REQUIREMENTS).splitlines()[-1]
+    run("-m", "pip", "install", "--quiet", "--requirement", requirements)
+    assert run("-c", LOAD).split()[-1] == "2"
+    assert run("-c", WRITE).split() == ["AccessDenied", "PERMISSION_DENIED"]
+
+
+def let_read(team: House, s3: S3Server) -> None:
+    """Give the reader a login at MLflow, and the right to read all buckets of S3's owner."""
+    import boto3
+
+    login = {"username": READER, "password": READER_PASSWORD}
+    team.ask_mlflow("POST", "/users/create", login)
+    owner = boto3.session.Session(s3.access_key, s3.secret_key).client(
+        "s3", endpoint_url=s3.endpoint, region_name="us-east-1"
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == "2"
+    for bucket in (each["Name"] for each in owner.list_buckets()["Buckets"]):
+        policy = {
+            "Version": "2012-10-17",
+            "Statement": [
+                {
+                    "Effect": "Allow",
+                    "Principal": {"AWS": [f"arn:aws:iam:::user/{s3.other_access_key}"]},
+                    "Action": ["s3:GetObject", "s3:ListBucket"],
+                    "Resource": [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"],
+                }
+            ],
+        }
+        owner.put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))
+    owner.close()
 
 
 def test_a_terminal_finds_what_was_made(team: House, ordered: dict[str, Any]) -> None:

@@ -3,7 +3,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,18 +15,22 @@ import yaml
 from stillroom.errors import RecipeError, ServiceUnreachableError
 from stillroom.redaction import redact
 from tasks.mlflow_batches import flatten
+from tasks.store.s3_client import s3_client
 from tasks.tracking import (
     StageRecord,
     begin_parent_run,
     connect,
     end_parent_run,
     ensure_experiment,
+    log_file,
     log_stage,
 )
 from tests.registering import Place, new_database
+from tests.servers import S3Server, free_port
 
 # MLflow itself uses what SQLAlchemy will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")
+AWAY_SECONDS = 12.0
 
 
 def stage(name: str = "quantize", **more: object) -> StageRecord:
@@ -214,3 +221,30 @@ def test_server_that_does_not_answer_is_named_within_bounds(
         connect(f"http://user:HUSH@127.0.0.1:{port}")
     assert time.monotonic() - start < 5
     assert f"http://***@127.0.0.1:{port}" in str(error.value)
+
+
+def test_an_s3_server_that_is_away_for_some_seconds_is_waited_for(
+    mock_s3: S3Server,
+    s3_environment: Callable[[S3Server], None],
+    mlflow_environment: None,
+    tmp_path: Path,
+) -> None:
+    from moto.server import ThreadedMotoServer
+
+    s3_environment(mock_s3)
+    s3_client().create_bucket(Bucket="late")
+    port = free_port()
+    s3_environment(replace(mock_s3, endpoint=f"http://127.0.0.1:{port}"))
+    client = connect(new_database(tmp_path))
+    run = client.create_run(ensure_experiment(client, "late", "s3://late/mlflow"))
+    (tmp_path / "note").write_text("made meanwhile")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port)  # shares what the mock keeps
+    timer = threading.Timer(AWAY_SECONDS, server.start)
+    timer.start()
+    try:
+        log_file(client, run.info.run_id, tmp_path / "note")
+    finally:
+        timer.join()
+        server.stop()
+    (kept,) = s3_client(mock_s3.endpoint).list_objects_v2(Bucket="late")["Contents"]
+    assert kept["Key"].endswith("/artifacts/note")
