@@ -145,7 +145,8 @@ class _Running:
         settings, where = self.settings, ("--host", self.settings.host, "--port")
         self.start(
             "prefect",
-            *("prefect", "server", "start", *where, str(settings.prefect_port)),
+            *("tasks.servers.prefect_server", "server", "start"),
+            *(*where, str(settings.prefect_port)),
             more=prefect_variables(settings),
         )
         self.start(
