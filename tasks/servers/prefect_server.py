@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 
-COLLECT_SECONDS = 5.0
+COLLECT_SECONDS = 20.0
 
 
 def main() -> None:
