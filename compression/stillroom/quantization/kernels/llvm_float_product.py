@@ -1,4 +1,4 @@
-"""The product in float32, for processors without products of bytes."""
+"""The product in float32, where integers are not faster."""
 
 from llvmlite import ir
 

@@ -1,4 +1,4 @@
-"""The product in integers, for processors that sum products of four bytes in one instruction.
+"""The product in integers, for processors that sum products of bytes in one instruction.
 
 In each chunk a token's inputs become integers of three bytes, x = u (X₀ + 2⁸ X₁ + 2¹⁶ X₂) with
 bytes of -128 to 127 and u a power of two. Each is off by at most u / 2, which is one unit in the
@@ -8,7 +8,9 @@ about what float32 loses when it adds the largest to the others. Then
     Σ_k x[k] (q[k, n] − z[n]) = u Σ_i 2^(8 i) (Σ_k X_i[k] q[k, n] − z[n] Σ_k X_i[k])
 
 in which every sum in brackets is an integer below 2^24, so exact, also as a float. Four values of
-a weight cost one masking and three instructions a token; as floats twelve and four.
+a weight cost one masking and, where products of four bytes are summed at once, three instructions
+a token; where two, six and what a unit's sums in int16 take to become int32; as floats twelve
+and four.
 
 Where an input of the chunk is infinite or not a number, all outputs are not a number.
 """
@@ -169,8 +171,10 @@ class IntegerProduct(Product):
 
     def _unit(self, offset: ir.Value, words: Words, sums: Sums) -> None:
         w, shape = self.w, self.shape
+        in_pairs = shape.byte_products == 2
         kind = words[0][0].type
         staged = w.at(self.staged, offset, I8)
+        of_unit: dict[ir.Value, ir.Value] = {}  # by the address of the sum that they go to
         for i, quad in enumerate(quads(shape.bits)):
             values = [
                 w.gather(of_vector, quad, shape.bits, shape.byte_shifts) for of_vector in words
@@ -182,8 +186,17 @@ class IntegerProduct(Product):
                     x = w.broadcast(x, kind.count)
                     for v, value in enumerate(values):
                         address = sums[t][v][p]
-                        old = w.build.load(address, typ=kind)
-                        w.build.store(w.byte_products(old, value, x), address)
+                        if in_pairs:
+                            pairs = w.pairs_of_bytes(value, x)
+                            before = of_unit.get(address)
+                            of_unit[address] = w.build.add(before, pairs) if before else pairs
+                        else:
+                            old = w.build.load(address, typ=kind)
+                            w.build.store(w.quads_of_bytes(old, value, x), address)
+        for address, pairs in of_unit.items():
+            old = w.build.load(address, typ=kind)
+            fours = w.pairs_of_shorts(pairs, vector(pairs.type, 1))
+            w.build.store(w.build.add(old, fours), address)
 
     def _finish(self, first: ir.Value, lanes: int, sums: Sums) -> None:
         w, build = self.w, self.w.build
@@ -198,7 +211,7 @@ class IntegerProduct(Product):
                 for p, address in reversed(list(enumerate(by_vector[v]))):
                     of_x = w.load(self.totals, I64(t * PIECES + p), I32)
                     own = build.load(address, typ=integers)
-                    exact = w.short_products(own, zero, w.broadcast(of_x, lanes))
+                    exact = build.add(own, w.pairs_of_shorts(zero, w.broadcast(of_x, lanes)))
                     part = build.sitofp(exact, floats)
                     shifted = vector(floats, 2.0**8)
                     total = part if total is None else w.multiply_add(total, shifted, part)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stillroom.errors import MismatchError
 from stillroom.quantization.kernels.dequantization import PackedLinear, TorchKernel, require_fit
 from stillroom.quantization.kernels.llvm_module import LAUNCH, write_module
-from stillroom.quantization.kernels.llvm_product import LONGEST_CHUNK, Shape
+from stillroom.quantization.kernels.llvm_product import LONGEST_CHUNK, ByteProducts, Shape
 from stillroom.quantization.kernels.native_function import add_api, python_function
 from stillroom.quantization.packing import (
     pack_rows,
@@ -47,8 +47,8 @@ class Machine:
     lanes: int
     registers: int
     features: str
-    byte_products: bool
-    """Whether it sums products of four bytes in one instruction."""
+    byte_products: ByteProducts
+    """How many products of bytes it sums in one instruction."""
     byte_shifts: bool
     """Whether it shifts each byte by a distance of its own."""
     has_openmp: bool
@@ -76,15 +76,17 @@ def this_machine() -> Machine:
     llvm.initialize_native_asmprinter()
     host = llvm.get_host_cpu_features()
     features = host.flatten()
-    byte_products = byte_shifts = False
+    byte_products: ByteProducts = 0
+    byte_shifts = False
     if host.get("avx512f", False):
         lanes, registers = 16, 32
-        byte_products = host.get("avx512vnni", False) and host.get("avx512vl", False)
-        byte_shifts = host.get("avx512vbmi", False) and host.get("avx512vl", False)
+        if host.get("avx512bw", False) and host.get("avx512vl", False):
+            byte_products = 4 if host.get("avx512vnni", False) else 2
+            byte_shifts = host.get("avx512vbmi", False)
         features += ",-prefer-256-bit"  # which would split each vector in two
     elif host.get("avx2", False):
         lanes, registers = 8, 16
-        byte_products = host.get("avxvnni", False)
+        byte_products = 4 if host.get("avxvnni", False) else 2
     else:
         lanes, registers = 4, 32 if platform.machine() in ("arm64", "aarch64") else 16
     add_api()

@@ -11,6 +11,7 @@ checkpoint's rows, and is unpacked in registers only.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 from llvmlite import ir
 
@@ -32,6 +33,10 @@ LINE = 16
 """Words in a cache line."""
 PIECES = 3
 """Bytes of an input as an integer."""
+MOST_BITS_IN_PAIRS = 4
+"""The processor's sums of two byte products are int16, which sums of wider values would leave."""
+
+ByteProducts = Literal[0, 2, 4]
 
 Sums = list[list[list[ir.Value]]]
 """Addresses of the running sums, (tokens, vectors, parts): the optimizer makes them registers."""
@@ -48,8 +53,8 @@ class Shape:
     lanes: int
     """Floats in a vector register."""
     registers: int
-    byte_products: bool = False
-    """Whether the processor sums products of four bytes in one instruction."""
+    byte_products: ByteProducts = 0
+    """How many products of bytes the processor sums in one instruction."""
     byte_shifts: bool = False
     """Whether it shifts each byte by a distance of its own."""
     wide_scales: bool = False
@@ -61,19 +66,29 @@ class Shape:
         return values_per_unit(self.bits)
 
     @property
+    def rows(self) -> int:
+        """Words of a unit."""
+        return self.unit * self.bits // WORD
+
+    @property
     def in_integers(self) -> bool:
-        """Whether sums are integers: where there are byte products and registers for them."""
-        return self.byte_products and self._free >= PIECES * self.tokens
+        """Whether sums are integers: where that is faster, and there are registers for them."""
+        if self.byte_products == 2 and (self.bits > MOST_BITS_IN_PAIRS or self.tokens > 2):
+            return False
+        return self.byte_products > 0 and self.registers - 6 >= self._integers
 
     @property
     def vectors(self) -> int:
-        """Vectors of outputs in the widest tile."""
-        sums = PIECES * self.tokens if self.in_integers else self.tokens
-        return max(1, min(4, self._free // sums))
+        """Vectors of outputs in the widest tile: as many as leave no running sum on the stack."""
+        sums = self._integers if self.in_integers else self.tokens
+        needed = sums + self.rows + 1  # and an unpacked value
+        return max(1, min(4, (self.registers - 4) // needed))  # 4: masks and inputs
 
     @property
-    def _free(self) -> int:
-        return self.registers - 6  # for words, masks, unpacked values and an input
+    def _integers(self) -> int:
+        """Running sums of one vector of outputs in integers."""
+        sums = PIECES * self.tokens
+        return 2 * sums if self.byte_products == 2 else sums  # a unit's, int16, and all units'
 
 
 class Product(ABC):
@@ -126,7 +141,7 @@ class Product(ABC):
         """Add a chunk's part to `vectors` times `lanes` outputs."""
         w, shape = self.w, self.shape
         sums = self._begin(lanes, vectors)
-        rows = shape.unit * shape.bits // WORD
+        rows = shape.rows
         row = w.build.sdiv(w.build.mul(self.start, I64(shape.bits)), I64(WORD))
         position = w.counter(w.add(w.build.mul(row, self.outputs), first))
         with w.loop(w.counter(self.start), self.stop, shape.unit) as k:

@@ -2,21 +2,21 @@ import copy
 import gc
 import io
 import os
-import statistics
 import sys
 import threading
 import time
 from dataclasses import replace
+from math import inf
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.quantization.kernels import SHAPES, compare
 from stillroom.errors import CorruptedError, MismatchError
 from stillroom.quantization.kernels import llvm_kernel
-from stillroom.quantization.kernels.dequantization import PackedLinear, TorchKernel
-from stillroom.quantization.kernels.llvm_kernel import LlvmKernel, chunk_table
+from stillroom.quantization.kernels.llvm_kernel import chunk_table
 from stillroom.quantization.kernels.report import output_difference, report_kernels
 from stillroom.quantization.linear import QuantizedLinear
 from stillroom.quantization.packing import pack
@@ -71,15 +71,15 @@ def _machines():
     found = []
     for lanes in (4, 8, 16):
         registers = 32 if lanes > 8 else 16
-        for products in sorted({False, this.byte_products}):
-            for shifts in sorted({False, this.byte_shifts and products}):
+        for products in range(0, this.byte_products + 1, 2):
+            for shifts in sorted({False, this.byte_shifts and products == 4}):
                 traits = {"byte_products": products, "byte_shifts": shifts}
                 found.append(replace(this, lanes=lanes, registers=registers, **traits))
     return [machine for machine in found if machine.lanes <= this.lanes]
 
 
 def _named(machine):
-    traits = [name for name in ("byte_products", "byte_shifts") if getattr(machine, name)]
+    traits = [f"{machine.byte_products}_products"] + ["byte_shifts"] * machine.byte_shifts
     return "-".join([f"{machine.lanes}_lanes", *traits])
 
 
@@ -380,35 +380,24 @@ def test_the_kernel_is_printed():
 @pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("shape", [(576, 192), (576, 576), (1536, 576), (576, 1536)])
-def test_decode_is_not_slower_than_a_dense_layer(bits, shape):
-    layer = _layer(*shape, bits, bias=False)
-    dense = layer.to_linear()
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if max(shape) <= 1536])
+def test_decode_is_not_slower_than_dense_layers(bits, shape):
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        for tokens in (1, 2, 4, 8):
-            assert _ratio(layer, dense, _inputs(tokens, shape[0])) < 1.1
+        rows = list(compare((shape,), (bits,), (1, 2, 4, 8), (1,), 5, time.perf_counter))
     finally:
         torch.set_num_threads(before)
-
-
-@torch.inference_mode()
-def _ratio(layer, dense, inputs, repeats=15, calls=20):
-    ratios = []
-    for _ in range(repeats + 1):
-        seconds = []
-        for module in (layer, dense):
-            start = time.perf_counter()
-            for _ in range(calls):
-                module(inputs)
-            seconds.append(time.perf_counter() - start)
-        ratios.append(seconds[0] / seconds[1])
-    return statistics.median(ratios[1:])
+    # A model decodes "cold". "hot", one small layer again and again, is no promise: where the
+    # processor lacks sums of four byte products, MKL's dense product can be the faster one.
+    limits = {"cold": 1.0}
+    if llvm_kernel.this_machine().byte_products == 4:
+        limits["hot"] = 1.1
+    slow = [row for row in rows if row.ratio >= limits.get(row.state, inf)]
+    assert not slow
 
 
 def test_the_reference_kernel_is_the_dense_product():
-    layer, inputs = _layer(*SMALL), _inputs(2, SMALL[0])
-    parts = layer._parts()
-    assert isinstance(parts, PackedLinear)
-    torch.testing.assert_close(TorchKernel(parts)(inputs), LlvmKernel(parts)(inputs))
+    layer = _layer(*SMALL)
+    layer.use_torch()
+    assert layer.kernel == "torch"
+    assert output_difference(layer, _inputs(2, SMALL[0])) < FLOAT32
