@@ -6,18 +6,18 @@ and llama.cpp is installed, that decodes instead of torch; the tokenizer is the 
 """
 
 import json
-import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from stillroom.contents import Contents, read_contents
-from stillroom.errors import MismatchError, RecipeError
+from stillroom.errors import MismatchError
 from stillroom.intrinsic_dimension.folders import is_subspace
-from stillroom.llama_engine import GGUF_FILE, LlamaCppModel, has_llama_cpp
+from stillroom.llama_engine import GGUF_FILE, LlamaCppModel
 from stillroom.remote_code import trusting_code
+from stillroom.serving_config import DEFAULT_CONFIG, choose_engine, trusts_code
 
 # The code file of every registered version.
 CODE = """\
@@ -26,19 +26,10 @@ from stillroom.serving import as_pyfunc
 
 set_model(as_pyfunc())
 """
-DEFAULT_CONFIG: dict[str, Any] = {
-    "weights": "auto",
-    "dtype": "float32",
-    "device": "cpu",
-    "engine": "auto",
-    "trust_remote_code": False,
-}
-Engine = Literal["torch", "llama.cpp"]
 DEFAULT_NEW_TOKENS = 32
 READ_AT_ONCE = 16
 MASK = "[MASK]"
 """What stands for a hidden word in every text, whatever the tokenizer's own mask is."""
-logger = logging.getLogger(__name__)
 
 
 def as_pyfunc() -> Any:
@@ -82,7 +73,7 @@ class ServedModel:
         self.contents = contents
         self.engine = choose_engine(self.config, folder, contents)
         load = self._load if contents.base is None else self._load_adapted
-        with trusting_code(_trust(self.config)):
+        with trusting_code(trusts_code(self.config)):
             self.model, self.tokenizer = (
                 self._load_gguf(folder) if self.engine == "llama.cpp" else load(folder)
             )
@@ -252,58 +243,6 @@ class ServedModel:
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return int(pad if pad is not None else self._start_id())
-
-
-def _trust(config: Mapping[str, Any]) -> bool:
-    trusted = config["trust_remote_code"]
-    if not isinstance(trusted, bool):
-        raise RecipeError(
-            f"model_config: expected trust_remote_code true or false; {trusted!r} came"
-        )
-    return trusted
-
-
-def choose_engine(config: Mapping[str, Any], folder: Path, contents: Contents) -> Engine:
-    """Return what runs a version's model: the engine that `config` asks for, or the faster one.
-
-    Raises:
-        RecipeError: `config` names no engine.
-        MismatchError: it asks for llama.cpp, which cannot run this version here.
-    """
-    wanted = config["engine"]
-    if wanted == "torch":
-        return "torch"
-    if wanted not in ("auto", "llama.cpp"):
-        raise RecipeError(
-            f"model_config: expected engine auto, torch or llama.cpp; {wanted} came; leave it out "
-            f"for auto"
-        )
-    obstacle = _obstacle(config, folder, contents)
-    if obstacle is None:
-        return "llama.cpp"
-    if wanted == "llama.cpp":
-        raise MismatchError(
-            f"model_config: engine llama.cpp needs a causal LM with a GGUF export, and llama.cpp; "
-            f"{obstacle}; leave engine out to decode with torch"
-        )
-    if (folder / GGUF_FILE).exists():
-        logger.warning("torch decodes, though the version holds a GGUF export: %s", obstacle)
-    return "torch"
-
-
-def _obstacle(config: Mapping[str, Any], folder: Path, contents: Contents) -> str | None:
-    """Return why llama.cpp cannot run a version here."""
-    if contents.task != "causal_lm":
-        return f"this version is for {contents.task}"
-    if contents.base is not None:
-        return "this version is an adapter"
-    if not (folder / GGUF_FILE).exists():
-        return f"this version holds no {GGUF_FILE}: register one made with quantization.gguf: true"
-    if config["device"] != "cpu":
-        return f"device is {config['device']}, and exports are run on the CPU"
-    if not has_llama_cpp():
-        return "llama-cpp-python is not installed: pip install llama-cpp-python"
-    return None
 
 
 def read_stop_ids(folder: Path) -> frozenset[int]:

@@ -7,18 +7,14 @@ import sys
 import pytest
 import torch
 
-import stillroom.serving
+from stillroom import serving_config
 from stillroom.contents import BaseReference, Contents, list_files, verify_files
 from stillroom.errors import MismatchError, RecipeError, SourceError
 from stillroom.llama_engine import GGUF_FILE, LlamaCppModel, has_llama_cpp
 from stillroom.models import load_model, load_tokenizer, require_label_head
 from stillroom.quantization.formats.gguf_export import export_gguf
-from stillroom.serving import (
-    DEFAULT_CONFIG,
-    ServedModel,
-    choose_engine,
-    read_stop_ids,
-)
+from stillroom.serving import ServedModel, read_stop_ids
+from stillroom.serving_config import DEFAULT_CONFIG, choose_engine
 from tasks.registry import register_base
 from tests.stillroom.quantization.formats.gguf_models import tiny_model, write_checkpoint
 
@@ -42,12 +38,12 @@ def chosen(folder, contents=CONTENTS, **config):
 
 @pytest.fixture
 def installed(monkeypatch):
-    monkeypatch.setattr(stillroom.serving, "has_llama_cpp", lambda: True)
+    monkeypatch.setattr(serving_config, "has_llama_cpp", lambda: True)
 
 
 @pytest.fixture
 def absent(monkeypatch):
-    monkeypatch.setattr(stillroom.serving, "has_llama_cpp", lambda: False)
+    monkeypatch.setattr(serving_config, "has_llama_cpp", lambda: False)
 
 
 def test_llama_cpp_decodes_where_it_can(folder, installed):
