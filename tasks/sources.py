@@ -54,8 +54,7 @@ def resolve_model(reference: str, revision: str | None) -> Source:
     """
     match place := place_of(reference):
         case "builtin":
-            file = builtin_file(reference.removeprefix("builtin:"))
-            identity = _content(file)
+            identity = sha256_of(builtin_file(reference.removeprefix("builtin:")))
         case "local":
             folder = Path(reference).expanduser()
             if not (folder / "config.json").is_file():
@@ -147,20 +146,31 @@ def fetch_folder(source: Source, folder: Path) -> Path:
         case "registry":
             from tasks.registered import download_version
 
-            return download_version(source.reference, folder)
+            # An alias can move meanwhile: the version is fetched whose identity was compared.
+            name, version, now = registry_version(source.reference)
+            _require_unchanged(source, now)
+            return download_version(f"models:/{name}/{version}", folder)
         case _:
             raise SourceError(f"{source.reference} is not a folder of files")
     now = _content(path) if source.place == "local" else _s3_identity(source.reference)
-    if now != source.identity:
-        raise SourceError(f"{source.reference} has changed while the flow ran; run it again")
+    _require_unchanged(source, now)
     return path
 
 
+def _require_unchanged(source: Source, now: str) -> None:
+    if now != source.identity:
+        raise SourceError(f"{source.reference} has changed while the flow ran; run it again")
+
+
 def _content(path: Path) -> str:
-    """Return a hash of a file, or of the names and contents of all files of a folder."""
-    if path.is_file():
-        return sha256_of(path)
+    """Return a hash of a file and its ending, or of the names and contents of a folder's files.
+
+    The ending says how a text is read.
+    """
     whole = hashlib.sha256()
+    if path.is_file():
+        whole.update(f"{path.suffix.lower()}\0{sha256_of(path)}\n".encode())
+        return whole.hexdigest()
     for file in files_below(path):
         whole.update(f"{file.relative_to(path)}\0{sha256_of(file)}\n".encode())
     return whole.hexdigest()
@@ -186,6 +196,7 @@ def _s3_objects(reference: str) -> list[tuple[str, int, str]]:
             for page in pages
             for item in page.get("Contents", [])
             if item["Key"] == prefix or item["Key"].startswith(prefix.rstrip("/") + "/")
+            if item["Size"] or not item["Key"].endswith("/")  # what pages show as a folder
         ]
     except (BotoCoreError, ClientError, StoreError) as error:
         raise SourceError(f"{reference} cannot be read: {' '.join(str(error).split())}") from error
@@ -201,6 +212,11 @@ def _fetch_s3(reference: str, folder: Path) -> Path:
     objects, client = _s3_objects(reference), s3_client()
     for name, _, etag in objects:
         relative = name.removeprefix(prefix).lstrip("/") or Path(name).name
+        if ".." in Path(relative).parts:
+            raise SourceError(
+                f"s3://{bucket}/{name}: its name leads out of the folder that it is fetched into; "
+                "rename it, or name a prefix without it"
+            )
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(DOWNLOADS):

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from stillroom.errors import SourceError
+from tasks.registry import champion, move_alias, register_base
 from tasks.sources import fetch_folder, hub_commit, place_of, resolve_model, resolve_text
+from tests.registering import Place, llama_folder, register_pair
 from tests.servers import S3Server
 
 COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
@@ -41,6 +43,13 @@ def test_a_text_counts_by_its_content(tmp_path: Path) -> None:
     assert resolve_text(str(one), None).identity != before
 
 
+def test_a_text_counts_by_its_ending_too(tmp_path: Path) -> None:
+    text, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    for file in (text, lines):
+        file.write_text('{"text": "a row, or a line of text"}\n')
+    assert resolve_text(str(text), None).identity != resolve_text(str(lines), None).identity
+
+
 def test_a_folder_counts_by_names_and_contents(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     before = resolve_text(str(tmp_path), None).identity
@@ -56,6 +65,21 @@ def test_a_source_that_changes_under_way_is_noticed(tmp_path: Path) -> None:
     file.write_text("y")
     with pytest.raises(SourceError, match="has changed while the flow ran"):
         fetch_folder(source, tmp_path / "out")
+
+
+def test_an_alias_that_moves_under_way_is_noticed(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _ = register_pair(place)
+    move_alias(place.client, base, "champion", None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", place.uri)
+    source = resolve_model("models:/tiny@champion", None)
+    other = register_base(
+        place.client, place.candidate("tiny", llama_folder(place.root, seed=1), "c" * 64)
+    )
+    move_alias(place.client, other, "champion", champion(place.client, "tiny", "champion"))
+    with pytest.raises(SourceError, match="has changed while the flow ran"):
+        fetch_folder(source, place.root / "fetched")
 
 
 @pytest.mark.parametrize(
@@ -106,6 +130,25 @@ def test_a_text_on_s3_resolves_and_arrives(bucket: str, tmp_path: Path) -> None:
 
     client.put_object(Bucket=bucket, Key="corpus/a.txt", Body=b"new")
     assert resolve_text(f"s3://{bucket}/corpus", None).identity != source.identity
+
+
+def test_what_s3_shows_as_a_folder_is_no_text(bucket: str, tmp_path: Path) -> None:
+    from tasks.store.s3_client import s3_client
+
+    for name, content in (("c/", b""), ("c/2025/", b""), ("c/2025/a.txt", b"text")):
+        s3_client().put_object(Bucket=bucket, Key=name, Body=content)
+    folder = fetch_folder(resolve_text(f"s3://{bucket}/c/", None), tmp_path / "folder")
+    assert [file for file in folder.rglob("*") if file.is_file()] == [folder / "2025" / "a.txt"]
+
+
+def test_an_object_stays_in_the_folder_that_it_is_fetched_into(bucket: str, tmp_path: Path) -> None:
+    from tasks.store.s3_client import s3_client
+
+    s3_client().put_object(Bucket=bucket, Key="c/../../outside.txt", Body=b"text")
+    source = resolve_text(f"s3://{bucket}/c", None)
+    with pytest.raises(SourceError, match="its name leads out of the folder"):
+        fetch_folder(source, tmp_path / "one" / "two")
+    assert not list(tmp_path.rglob("outside.txt"))
 
 
 def test_a_missing_text_on_s3_says_so(bucket: str) -> None:
