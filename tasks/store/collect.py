@@ -4,10 +4,10 @@ Spared is what is registered, leased, or younger than a given age, and every blo
 artifact needs. A blob whose manifest is not written yet is young, or its writer holds a lease.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal
+from typing import Literal, TypeVar
 
 from stillroom.errors import CorruptedError
 from tasks.store.backend import Entry, each
@@ -16,6 +16,9 @@ from tasks.store.partial import partial_keys
 from tasks.store.record import Record, blob_name
 from tasks.store.store import ArtifactStore
 
+T = TypeVar("T")
+AT_A_TIME = 32
+"""Removals between two looks at what came into use."""
 Reason = Literal["registered", "leased", "recent", "needed by a kept artifact", "work goes on"]
 
 
@@ -79,13 +82,13 @@ def plan_collection(
     """
     registered_keys = registered()
     notes = read_leases(store.backend)
-    live = {name: note for name, note in notes.items() if note.expires > now}
-    leased = {key for note in live.values() for key in note.keys}
+    live = _live(notes, now)
+    leased = _keys(live)
     youngest = now - min_age
     tally = _Tally()
     doomed: list[Record] = []
     needed: set[str] = set()
-    for entry, record in _manifests(store):
+    for entry, record in _manifests(store, list(store.backend.list("artifacts/"))):
         reason = _reason(record.key, entry.modified > youngest, registered_keys, leased)
         if reason is None:
             doomed.append(record)
@@ -105,21 +108,12 @@ def plan_collection(
 def collect(store: ArtifactStore, plan: CollectionPlan, now: datetime) -> int:
     """Remove what is in `plan`, but for what came into use since, and return the bytes freed."""
     backend = store.backend
-    live = [note for note in read_leases(backend).values() if note.expires > now]
-    leased = {key for note in live for key in note.keys}
-    for record in plan.artifacts:
-        if record.key not in leased:
-            store.forget(record)
-    freed = 0
-    # Whoever began to work since may count on a blob that no manifest names yet.
-    if not _at_work(live):
-        needed = _blobs_of(record for _, record in _manifests(store))
-        for entry in plan.blobs:
-            if entry.name not in needed:
-                backend.delete(entry.name)
-                freed += entry.size
+    for some in _steps(plan.artifacts):
+        leased = _keys(_live(read_leases(backend), now))
+        list(each(backend, [one for one in some if one.key not in leased], store.forget))
+    freed = _remove_blobs(store, plan.blobs, now)
     for key, size in plan.partials:
-        if key not in leased:
+        if key not in _keys(_live(read_leases(backend), now)):
             store.discard_checkpoints(key)
             freed += size
     for entry in plan.drafts:
@@ -128,6 +122,37 @@ def collect(store: ArtifactStore, plan: CollectionPlan, now: datetime) -> int:
     for name in plan.leases:
         backend.delete(name)
     return freed
+
+
+def _remove_blobs(store: ArtifactStore, blobs: Sequence[Entry], now: datetime) -> int:
+    """Remove a few at a time, each time after another look at who works and what was made."""
+    backend, freed = store.backend, 0
+    known: set[str] = set()
+    needed: set[str] = set()
+    for some in _steps(blobs):
+        # Whoever works may count on a blob that no manifest names yet.
+        if _at_work(_live(read_leases(backend), now).values()):
+            break
+        # Whoever has worked since has written a manifest before its lease went.
+        fresh = [entry for entry in backend.list("artifacts/") if entry.name not in known]
+        known |= {entry.name for entry in fresh}
+        needed |= _blobs_of(record for _, record in _manifests(store, fresh))
+        loose = [entry for entry in some if entry.name not in needed]
+        list(each(backend, [entry.name for entry in loose], backend.delete))
+        freed += sum(entry.size for entry in loose)
+    return freed
+
+
+def _steps(things: Sequence[T]) -> Iterator[Sequence[T]]:
+    return (things[start : start + AT_A_TIME] for start in range(0, len(things), AT_A_TIME))
+
+
+def _live(notes: dict[str, LeaseNote], now: datetime) -> dict[str, LeaseNote]:
+    return {name: note for name, note in notes.items() if note.expires > now}
+
+
+def _keys(live: dict[str, LeaseNote]) -> set[str]:
+    return {key for note in live.values() for key in note.keys}
 
 
 def _at_work(live: Iterable[LeaseNote]) -> bool:
@@ -174,12 +199,11 @@ def _stale_partials(
     return tuple(stale)
 
 
-def _manifests(store: ArtifactStore) -> Iterable[tuple[Entry, Record]]:
+def _manifests(store: ArtifactStore, entries: list[Entry]) -> list[tuple[Entry, Record]]:
     def found(entry: Entry) -> Record | None:
         kind, _, file = entry.name.removeprefix("artifacts/").partition("/")
         return store.find(kind, file.removesuffix(".json"))
 
-    entries = list(store.backend.list("artifacts/"))
     try:
         records = list(each(store.backend, entries, found))
     except CorruptedError as error:

@@ -123,6 +123,8 @@ class ArtifactStore:
             # Read back, so that winner and losers hold the same values to the last digit.
             content = record.model_dump_json(indent=1).encode()
             if self.backend.put_if_absent(record.name, content):
+                # What was there before may have gone, if a clean-up looked before the lease came.
+                list(each(self.backend, files, lambda file: self._send(file, folder)))
                 return self._parse(record.name, content)
             winner = self.find(kind, key)
         if winner is None:
@@ -210,10 +212,13 @@ class ArtifactStore:
             raise self._corrupted(record, file, "its content has changed")
 
     def _put(self, path: Path, folder: Path) -> StoredFile:
-        sha256 = sha256_of(path)
-        self.backend.put_file(blob_name(sha256), path)
         relative = path.relative_to(folder).as_posix()
-        return StoredFile(path=relative, size=path.stat().st_size, sha256=sha256)
+        file = StoredFile(path=relative, size=path.stat().st_size, sha256=sha256_of(path))
+        self._send(file, folder)
+        return file
+
+    def _send(self, file: StoredFile, folder: Path) -> None:
+        self.backend.put_file(blob_name(file.sha256), folder / file.path)
 
     def _parse(self, name: str, content: bytes) -> Record:
         try:

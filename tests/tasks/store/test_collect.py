@@ -1,18 +1,21 @@
 """What a clean-up removes, and what it must never touch."""
 
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
+import tasks.store.collect
 from stillroom.errors import CorruptedError, ServiceUnreachableError
 from tasks.store.collect import CollectionPlan, collect, plan_collection
 from tasks.store.lease import Lease, leave_lease, take_lease
-from tasks.store.record import Record
+from tasks.store.record import Record, blob_name
 from tasks.store.store import ArtifactStore
 from tests.tasks.store.making import KEY, OTHER_KEY, add, read_files, write_files
 
 WEEK = timedelta(days=7)
+CONTENTS = (b"first", b"second", b"both")
 
 
 def later(days: float = 8) -> datetime:
@@ -34,8 +37,9 @@ def spared(plan: CollectionPlan) -> set[tuple[str, str, int]]:
 @pytest.fixture
 def pair(store: ArtifactStore, tmp_path: Path) -> tuple[Record, Record]:
     """Two artifacts that share one of their two files."""
-    one = add(store, write_files(tmp_path / "one", {"own": b"first", "shared": b"both"}))
-    two = write_files(tmp_path / "two", {"own": b"second", "shared": b"both"})
+    first, second, both = CONTENTS
+    one = add(store, write_files(tmp_path / "one", {"own": first, "shared": both}))
+    two = write_files(tmp_path / "two", {"own": second, "shared": both})
     return one, add(store, two, key=OTHER_KEY)
 
 
@@ -152,6 +156,30 @@ def test_a_blob_that_a_new_artifact_names_since_the_plan_is_spared(
     new = add(store, tmp_path / "one", key="ef" * 32)
     collect(store, planned, later())
     assert list(store.records()) == [new]
+    assert list(store.verify()) == []
+
+
+def test_an_artifact_that_is_made_while_blobs_are_removed_stays_whole(
+    store: ArtifactStore,
+    pair: tuple[Record, Record],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tasks.store.collect, "AT_A_TIME", 1)
+    planned, delete = plan(store), store.backend.delete
+
+    def make_another_first(name: str) -> None:
+        if name.startswith("blobs/") and not list(store.records()):
+            other = next(blob for blob in planned.blobs if blob.name != name)
+            (content,) = [
+                each for each in CONTENTS if blob_name(sha256(each).hexdigest()) == other.name
+            ]
+            add(store, write_files(tmp_path / "new", {"own": content}), key="ef" * 32)
+        delete(name)
+
+    monkeypatch.setattr(store.backend, "delete", make_another_first)
+    collect(store, planned, later())
+    assert len(list(store.records())) == 1
     assert list(store.verify()) == []
 
 
