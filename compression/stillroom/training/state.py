@@ -34,12 +34,15 @@ class TrainingState:
     writes: bool = True
 
     def save(self, step: int, history: TrainingHistory) -> None:
-        """Keep the state after `step` as the piece step-00000050, then delete what it replaces."""
+        """Keep the state after `step` as the piece step-00000050, then delete what it replaces.
+
+        What another run of the same training has kept of later steps stays.
+        """
         state = {"identity": self.identity, "step": step, "history": history.to_json()}
         tensors = {"parameters": self._whole(), "optimizer": self._moments()}
         self._keep(f"{PREFIX}{step:08d}", tensors, state)
         # Until now an interrupted run could have gone back to before the best one.
-        self._forget(BEST, but=f"{BEST}{history.best_step:08d}")
+        self._forget(BEST, before=f"{BEST}{history.best_step:08d}")
 
     def save_best(self, step: int) -> None:
         """Keep the parameters after `step` as the piece best-00000050, beside older ones."""
@@ -86,12 +89,12 @@ class TrainingState:
                 (folder / "state.json").write_text(json.dumps(state, sort_keys=True))
             self.checkpoints.save(name, folder)
         if name.startswith(PREFIX):
-            self._forget(PREFIX, but=name)
+            self._forget(PREFIX, before=name)
 
-    def _forget(self, prefix: str, *, but: str) -> None:
+    def _forget(self, prefix: str, *, before: str) -> None:
         if self.writes:
             for old in self.checkpoints.names():
-                if old.startswith(prefix) and old != but:
+                if old.startswith(prefix) and old < before:
                     self.checkpoints.delete(old)
 
     def _whole(self) -> dict[str, Tensor]:
