@@ -12,8 +12,8 @@ from prefect.states import Completed, Failed
 from flows.ask_teacher import ask_elsewhere
 from flows.orders import Orders, Resolve
 from flows.plan import planned_keys, resolver
-from flows.road import BASE_TEXT, Made, Measured, walk
-from stillroom.config import Publish, Recipe
+from flows.road import Made, Measured, walk
+from stillroom.config import BASE_TEXT, Publish, Recipe
 from stillroom.errors import StageError, StillroomError
 from stillroom.hardware import threads_here
 from tasks.explain import concluded

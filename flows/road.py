@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Generic
 
 from flows.orders import A, Orders
-from stillroom.config import Recipe
+from stillroom.config import BASE_TEXT, Recipe
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ class Made(Generic[A]):
         return [row for row in self.measured if not row.control and row.text == BASE_TEXT]
 
 
-BASE_TEXT = "base"
 ALONE = {"soft_weight": 0.0, "hard_weight": 1.0, "cosine_weight": 0.0}
 
 

@@ -5,7 +5,7 @@ from stillroom.config.distillation import Cache, Distillation, Student
 from stillroom.config.intrinsic_dimension import DimensionSearch, IntrinsicDimension
 from stillroom.config.loading import dump_recipe, load_dimension_recipe, load_recipe, validate
 from stillroom.config.quantization import Quantization
-from stillroom.config.recipe import Recipe
+from stillroom.config.recipe import BASE_TEXT, Recipe
 from stillroom.config.section import Section
 from stillroom.config.sections import (
     Data,
@@ -19,6 +19,7 @@ from stillroom.config.sections import (
 from stillroom.config.training import Training
 
 __all__ = [
+    "BASE_TEXT",
     "Adapter",
     "Cache",
     "Data",

@@ -17,6 +17,8 @@ from stillroom.config.sections import (
     Publish,
 )
 
+BASE_TEXT = "base"
+"""What tables and reports call the text of `data`, beside those of the adapters."""
 Control = Literal["cross_entropy", "round_to_nearest"]
 
 
@@ -56,6 +58,10 @@ class Recipe(Section):
         names = [adapter.name for adapter in self.adapters]
         if len(set(names)) < len(names):
             raise ValueError(f"adapters must have different names: {', '.join(names)} came")
+        if BASE_TEXT in names:
+            raise ValueError(
+                f"adapters.{BASE_TEXT}: reports call the text of `data` so; give it another name"
+            )
         if "cross_entropy" in self.controls and self.distillation is None:
             raise ValueError("controls: cross_entropy needs a distillation section")
         if self.distillation and self.task != "sequence_classification":
