@@ -26,6 +26,7 @@ from stillroom.adapters.options import (
 )
 from stillroom.adapters.part import Part
 from stillroom.adapters.prefix_tuning import PrefixAdapter
+from stillroom.adapters.prompted_base import chosen
 from stillroom.adapters.prompts import PromptAdapter
 from stillroom.adapters.routing import Rows
 from stillroom.contents import Task
@@ -159,7 +160,9 @@ class AdaptedModel(nn.Module):
                 f"adapters; {', '.join(map(str, adapter_names))} came; generate one after another"
             )
         # A row that is continued in several ways is as many rows.
-        ways = max(options.get(name) or 1 for name in ("num_beams", "num_return_sequences"))
+        ways = max(
+            chosen(self.base, options, name) or 1 for name in ("num_beams", "num_return_sequences")
+        )
         with self._dressed([name for name in adapter_names for _ in range(ways)]):
             return self._generate(input_ids, options)
 
