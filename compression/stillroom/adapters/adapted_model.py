@@ -26,7 +26,7 @@ from stillroom.adapters.options import (
 )
 from stillroom.adapters.part import Part
 from stillroom.adapters.prefix_tuning import PrefixAdapter
-from stillroom.adapters.prompted_base import chosen
+from stillroom.adapters.prompted_base import chosen, row_limit
 from stillroom.adapters.prompts import PromptAdapter
 from stillroom.adapters.routing import Rows
 from stillroom.contents import Task
@@ -224,6 +224,20 @@ class AdaptedModel(nn.Module):
             own = name if name is not None and self.worn(name).method.alone else None
             passes.setdefault(own, []).append(row)
         return list(passes.values())
+
+
+def text_limit(model: Any) -> int | None:
+    """Return the most tokens of text in a row of `model`, adapted or not; None: any number.
+
+    Virtual tokens of the adapter that is selected take their places from it.
+    """
+    if not isinstance(model, AdaptedModel):
+        return row_limit(model)
+    limit = row_limit(model.base)
+    if limit is None or model.selected is None:
+        return limit
+    method = model.worn(model.selected).method
+    return limit - method.count if isinstance(method, PromptAdapter) else limit
 
 
 def _part(base: Any, options: AdapterOptions, seed: int) -> Part:

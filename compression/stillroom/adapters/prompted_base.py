@@ -66,7 +66,7 @@ def look_at(base: Any) -> PromptedBase:
     words = ([] if first is None else [first]) + list(range(len(read) + 1))
     return PromptedBase(
         placeholder=next(word for word in words if word not in read),
-        limit=_limit(base),
+        limit=row_limit(base),
         has_decoder=has_decoder,
         # A masked language model has a word head, too.
         continues=base.get_output_embeddings() is not None
@@ -171,7 +171,8 @@ def lengthened(base: Any, options: dict[str, Any], count: int) -> dict[str, Any]
     return longer
 
 
-def _limit(base: Any) -> int | None:
+def row_limit(base: Any) -> int | None:
+    """Return the most tokens of a row of `base`, None where there is no limit."""
     limit = getattr(base.config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:
         return None
