@@ -6,6 +6,7 @@ and llama.cpp is installed, that decodes instead of torch; the tokenizer is the 
 """
 
 import json
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -219,20 +220,28 @@ class ServedModel:
         """Yield token ids (texts, length) and the logits of some texts at a time, cut to fit."""
         import torch
 
+        longest = self._longest()
         for start in range(0, len(texts), READ_AT_ONCE):
             encoded = self.tokenizer(
                 texts[start : start + READ_AT_ONCE],
                 padding=True,
-                truncation=True,
-                max_length=min(
-                    self.tokenizer.model_max_length, self.model.config.max_position_embeddings
-                ),
+                truncation=longest is not None,
+                max_length=longest,
                 return_tensors="pt",
             ).to(self.config["device"])
             ids = encoded["input_ids"]
             with torch.inference_mode():
                 output = self.model(input_ids=ids, attention_mask=encoded["attention_mask"])
             yield ids, output.logits
+
+    def _longest(self) -> int | None:
+        """Return the most tokens of a text that model and tokenizer allow, None for any number."""
+        from stillroom.adapters.adapted_model import text_limit
+
+        own, limit = self.tokenizer.model_max_length, text_limit(self.model)
+        longest = int(own if limit is None else min(own, limit))
+        # A tokenizer that has no limit says a number which it does not take as one.
+        return longest if longest < sys.maxsize else None
 
     def _start_id(self) -> int:
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):

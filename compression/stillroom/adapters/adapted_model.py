@@ -26,6 +26,7 @@ from stillroom.adapters.options import (
 )
 from stillroom.adapters.part import Part
 from stillroom.adapters.prefix_tuning import PrefixAdapter
+from stillroom.adapters.prompted_base import chosen, row_limit
 from stillroom.adapters.prompts import PromptAdapter
 from stillroom.adapters.routing import Rows
 from stillroom.contents import Task
@@ -159,7 +160,9 @@ class AdaptedModel(nn.Module):
                 f"adapters; {', '.join(map(str, adapter_names))} came; generate one after another"
             )
         # A row that is continued in several ways is as many rows.
-        ways = max(options.get(name) or 1 for name in ("num_beams", "num_return_sequences"))
+        ways = max(
+            chosen(self.base, options, name) or 1 for name in ("num_beams", "num_return_sequences")
+        )
         with self._dressed([name for name in adapter_names for _ in range(ways)]):
             return self._generate(input_ids, options)
 
@@ -221,6 +224,20 @@ class AdaptedModel(nn.Module):
             own = name if name is not None and self.worn(name).method.alone else None
             passes.setdefault(own, []).append(row)
         return list(passes.values())
+
+
+def text_limit(model: Any) -> int | None:
+    """Return the most tokens of text in a row of `model`, adapted or not; None: any number.
+
+    Virtual tokens of the adapter that is selected take their places from it.
+    """
+    if not isinstance(model, AdaptedModel):
+        return row_limit(model)
+    limit = row_limit(model.base)
+    if limit is None or model.selected is None:
+        return limit
+    method = model.worn(model.selected).method
+    return limit - method.count if isinstance(method, PromptAdapter) else limit
 
 
 def _part(base: Any, options: AdapterOptions, seed: int) -> Part:

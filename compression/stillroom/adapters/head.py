@@ -12,7 +12,11 @@ from stillroom.adapters.routing import change_rows
 
 
 class TrainedHead(Part):
-    """Copies of a classifier's head modules, which stand in for them where they are worn."""
+    """Copies of a classifier's head modules, which stand in for them where they are worn.
+
+    They compute in float32 whatever the base's dtype is, and so are the logits where all rows of a
+    batch wear them.
+    """
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -32,4 +36,6 @@ class TrainedHead(Part):
         own = self.copies[name]
         hidden = inputs[0] if inputs else next(iter(options.values()))
         hidden = hidden.to(next(own.parameters()).dtype)
-        return change_rows(self.rows, output, lambda which: own(hidden[which]))
+        changed = change_rows(self.rows, output, lambda which: own(hidden[which]))
+        # The base's next module reads its own dtype; the last's logits stay as exact as they are.
+        return changed if name == list(self.copies)[-1] else changed.to(output.dtype)

@@ -36,7 +36,20 @@ USUAL = {
     "fan_in_fan_out": None,  # ours to find out
     "lora_bias": False,
     "trainable_token_indices": None,
+    "exclude_modules": [],
+    "target_parameters": [],
+    "layer_replication": [],
+    "alora_invocation_tokens": [],
+    "use_qalora": False,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "velora_config": None,
 }
+# How A and B began where the base stayed as it was. Others take from the base what they put into
+# A and B: PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA.
+BESIDE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def to_peft_names(worn: "Worn") -> dict[str, Tensor]:
@@ -101,7 +114,7 @@ def options_of_peft(folder: Path) -> LoraOptions:
 
     Raises:
         SourceError: there is no config, or it is of no LoRA.
-        MismatchError: it asks for what ours does not compute.
+        MismatchError: it asks for what ours does not compute, or its base was changed, too.
     """
     config = _read(folder)
     if config.get("peft_type") != "LORA":
@@ -115,6 +128,7 @@ def options_of_peft(folder: Path) -> LoraOptions:
             raise MismatchError(
                 f"{folder}: {name} {value} of peft is not computed here; load it with peft"
             )
+    _require_unchanged_base(config, folder)
     targets = config["target_modules"]
     return LoraOptions(
         rank=config["r"],
@@ -122,6 +136,16 @@ def options_of_peft(folder: Path) -> LoraOptions:
         dropout=config["lora_dropout"],
         target_modules=None if isinstance(targets, str) else tuple(targets),
     )
+
+
+def _require_unchanged_base(config: dict[str, Any], folder: Path) -> None:
+    begun = config.get("init_lora_weights")
+    if (begun.lower() if isinstance(begun, str) else begun) not in BESIDE_THE_BASE:
+        raise MismatchError(
+            f"{folder}: init_lora_weights {begun} of peft changes the base, too, and an adapter "
+            "was expected that says alone what it computes; load it with peft, or have peft save "
+            "it with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+        )
 
 
 def task_of_peft(folder: Path) -> Task:

@@ -66,7 +66,7 @@ def look_at(base: Any) -> PromptedBase:
     words = ([] if first is None else [first]) + list(range(len(read) + 1))
     return PromptedBase(
         placeholder=next(word for word in words if word not in read),
-        limit=_limit(base),
+        limit=row_limit(base),
         has_decoder=has_decoder,
         # A masked language model has a word head, too.
         continues=base.get_output_embeddings() is not None
@@ -153,22 +153,26 @@ def real_tokens(base: Any, ids: Tensor) -> Tensor:
     return torch.where(ids == pad, 0, 1)
 
 
+def chosen(base: Any, options: dict[str, Any], name: str) -> Any:
+    """Return what `generate` takes for `name`: an option, or what a passed or own config says."""
+    # What a config that is passed leaves open, transformers takes from the base's own.
+    configs = (options.get("generation_config"), base.generation_config)
+    said = [options.get(name), *(getattr(config, name, None) for config in configs)]
+    return next((value for value in said if value), None)
+
+
 def lengthened(base: Any, options: dict[str, Any], count: int) -> dict[str, Any]:
     """Return the options of `generate`, where lengths that count the prompt count more."""
-    config = options.get("generation_config") or base.generation_config
-
-    def chosen(name: str) -> Any:
-        return options.get(name) or getattr(config, name, None)
-
     longer = dict(options)
     for kind in ("max", "min"):
-        length = chosen(f"{kind}_length")
-        if length and not chosen(f"{kind}_new_tokens"):
+        length = chosen(base, options, f"{kind}_length")
+        if length and not chosen(base, options, f"{kind}_new_tokens"):
             longer[f"{kind}_length"] = length + count
     return longer
 
 
-def _limit(base: Any) -> int | None:
+def row_limit(base: Any) -> int | None:
+    """Return the most tokens of a row of `base`, None where there is no limit."""
     limit = getattr(base.config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:
         return None

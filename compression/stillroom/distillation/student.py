@@ -44,13 +44,14 @@ def initialise_student(teacher: Model, layers: tuple[int, ...]) -> Model:
     """Return a new model that has copies of the teacher's blocks `layers`, and of all the rest.
 
     The copy shares no memory with the teacher. Its config says the new number of layers, also in
-    lists with one entry a layer, so the student saves and loads as any model of its kind.
+    lists with one entry a layer, so the student saves and loads as any model of its kind. What a
+    kind computes from a layer's number, such as DiffLlama's lambda_init, follows the new number.
 
     Raises:
         RecipeError: a layer is out of range or named twice, or the order is not ascending; or no
             config of the teacher's kind says which layers are left.
     """
-    _, blocks = find_blocks(teacher)
+    name, blocks = find_blocks(teacher)
     _check_layers(layers, len(blocks))
     # What the memo already holds is not copied: the layers left out cost no memory.
     memo: dict[int, object] = {
@@ -59,7 +60,7 @@ def initialise_student(teacher: Model, layers: tuple[int, ...]) -> Model:
     student = copy.deepcopy(teacher, memo)
     # The copy's list holds two kinds of modules, and would not be found again.
     copied = cast(nn.ModuleList, memo[id(blocks)])
-    _keep(student, copied, layers)
+    _keep(student, name, copied, layers)
     return student
 
 
@@ -76,22 +77,21 @@ def load_student(model: Model, blocks: OnDisk, layers: tuple[int, ...]) -> Model
     _check_layers(layers, len(all_blocks))
     for layer in layers:
         blocks.load(f"{name}.{layer}")
-    _keep(model, all_blocks, layers)
+    _keep(model, name, all_blocks, layers)
     return model
 
 
-def _keep(model: PreTrainedModel, blocks: nn.ModuleList, layers: tuple[int, ...]) -> None:
-    """Cut a model's list of blocks down to `layers`, in place."""
+def _keep(
+    model: PreTrainedModel, name: str, blocks: nn.ModuleList, layers: tuple[int, ...]
+) -> None:
+    """Cut a model's list of blocks, which it calls `name`, down to `layers`, in place."""
     total, kept = len(blocks), [blocks[layer] for layer in layers]
     del blocks[:]
     blocks.extend(kept)
-    for position, block in enumerate(kept):
-        for module in block.modules():
-            # Attention finds its part of the key-value cache by this number.
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = position  # type: ignore[assignment]
     _shrink_config(model.config, layers, total)
-    _check_config(model, layers)
+    loaded = _as_loaded(model)
+    _check_shapes(model, loaded, layers)
+    _renumber(blocks, cast(nn.ModuleList, loaded.get_submodule(name)))
     model.requires_grad_(True)
 
 
@@ -106,12 +106,16 @@ def _check_layers(layers: tuple[int, ...], total: int) -> None:
         )
 
 
-def _check_config(model: PreTrainedModel, layers: tuple[int, ...]) -> None:
-    """Refuse a student that would not load as what it is: hours of training would be lost."""
+def _as_loaded(model: Model) -> Model:
+    """Return the model that the config alone makes, without memory for its parameters."""
     from accelerate import init_empty_weights
 
     with init_empty_weights():
-        loaded = type(model)(copy.deepcopy(model.config))
+        return type(model)(copy.deepcopy(model.config))
+
+
+def _check_shapes(model: PreTrainedModel, loaded: PreTrainedModel, layers: tuple[int, ...]) -> None:
+    """Refuse a student that would not load as what it is: hours of training would be lost."""
     shapes, expected = (
         {name: value.shape for name, value in each.state_dict().items()} for each in (model, loaded)
     )
@@ -124,6 +128,16 @@ def _check_config(model: PreTrainedModel, layers: tuple[int, ...]) -> None:
             f"load as another model, because its config cannot say that ({differing[0]} differs): "
             "take layers whose kinds alternate as the teacher's do, or a teacher of one stack"
         )
+
+
+def _renumber(blocks: nn.ModuleList, loaded: nn.ModuleList) -> None:
+    """Give the blocks' modules the numbers that those of a loaded model have."""
+    # Attention finds its part of the key-value cache by a layer's number, under a name that differs
+    # by kind, and some scale what they compute by it: GPT-2 by its inverse where it is told to.
+    for module, fresh in zip(blocks.modules(), loaded.modules(), strict=True):
+        for name, value in vars(fresh).items():
+            if isinstance(value, int | float) and name != "training":
+                setattr(module, name, value)
 
 
 def _shrink_config(config: PreTrainedConfig, layers: tuple[int, ...], total: int) -> None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from stillroom.adapters.adapted_model import AdaptedModel
 from stillroom.adapters.folder import load_adapter, load_into, save_adapter
@@ -253,15 +254,31 @@ def _both_ways(shape):
     return tuple(shape), tuple(reversed(shape))
 
 
-def test_beams_wear_what_their_row_wears():
+@pytest.mark.parametrize(
+    "told_by", ["option", "passed config", "own config", "own config beside a passed one"]
+)
+@pytest.mark.parametrize("ways", [{"num_beams": 2}, {"num_return_sequences": 3, "num_beams": 3}])
+def test_beams_wear_what_their_row_wears(ways, told_by):
     model = dressed("causal_lm", a=OPTIONS["lora"], b=OPTIONS["bottleneck"])
     prompt = token_rows(3).input_ids[:3, :6]
-    options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "eos_token_id": None}
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     options |= {"pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
+    match told_by:
+        case "option":
+            options |= ways
+        case "passed config":
+            options["generation_config"] = GenerationConfig(**ways)
+        case "own config":
+            model.base.generation_config = GenerationConfig(**ways)
+        case _:
+            model.base.generation_config = GenerationConfig(**ways)
+            options["generation_config"] = GenerationConfig(use_cache=True)
+    count = ways.get("num_return_sequences", 1)
     mixed = model.generate(prompt, adapter_names=["a", None, "b"], **options)
     for row, name in enumerate(["a", None, "b"]):
         model.select(name)
-        assert torch.equal(model.generate(prompt, **options)[row], mixed[row])
+        own = slice(row * count, (row + 1) * count)
+        assert torch.equal(model.generate(prompt, **options)[own], mixed[own])
 
 
 @every_method

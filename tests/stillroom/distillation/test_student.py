@@ -5,16 +5,23 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from stillroom.blocks import find_blocks
+from stillroom.distillation.narrow import Width, narrow_student
 from stillroom.distillation.student import choose_layers, initialise_student, load_student
 from stillroom.errors import RecipeError
 from stillroom.models import load_model, save_model
 from stillroom.streamed import open_streamed
 from tests.stillroom.rows import token_rows
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama, tiny_masked_tokenizer
-from tests.stillroom.tiny_decoders import tiny_gpt2, tiny_qwen2
+from tests.stillroom.tiny_decoders import tiny_diffllama, tiny_gpt2, tiny_gpt_neo, tiny_qwen2
 from tests.stillroom.tiny_masked import MASKED
 from tests.stillroom.tiny_mixtures import tiny_qwen3_moe, tiny_switch
 
+# What they compute depends on a layer's number.
+NUMBERED = {
+    "diffllama": tiny_diffllama,
+    "scaled gpt2": lambda: tiny_gpt2(scaled_by_layer=True),
+    "gpt neo": tiny_gpt_neo,
+}
 DECODERS = {"llama": lambda: tiny_llama(layers=4), "gpt2": tiny_gpt2, "qwen2": tiny_qwen2}
 MODELS = DECODERS | {"bert": lambda: tiny_bert_classifier(layers=4)} | MASKED
 TASKS = {"bert": "sequence_classification"} | dict.fromkeys(MASKED, "masked_lm")
@@ -23,6 +30,11 @@ TASKS = {"bert": "sequence_classification"} | dict.fromkeys(MASKED, "masked_lm")
 def logits(model):
     with torch.no_grad():
         return model(input_ids=token_rows().input_ids).logits
+
+
+def numbers(module):
+    own = {name: value for name, value in vars(module).items() if isinstance(value, int | float)}
+    return {name: value for name, value in own.items() if name != "layer_idx"}
 
 
 def test_even_is_distilberts_choice():
@@ -133,6 +145,38 @@ def test_student_has_the_chosen_blocks_and_reloads_as_itself(kind, tmp_path):
     student.save_pretrained(tmp_path)
     reloaded = type(student).from_pretrained(tmp_path).eval()
     assert torch.equal(logits(reloaded), logits(student))
+
+
+@pytest.mark.parametrize("read_from_disk", [False, True], ids=["copied", "read"])
+@pytest.mark.parametrize("kind", NUMBERED)
+def test_what_is_computed_from_a_layers_number_follows_the_new_one(kind, read_from_disk, tmp_path):
+    teacher = NUMBERED[kind]()
+    if read_from_disk:
+        teacher.save_pretrained(tmp_path / "teacher")
+        student = load_student(*open_streamed(tmp_path / "teacher", task="causal_lm"), (0, 3))
+    else:
+        student = initialise_student(teacher, (0, 3))
+    student.save_pretrained(tmp_path / "student")
+    reloaded = type(student).from_pretrained(tmp_path / "student").eval()
+    assert torch.equal(logits(student), logits(reloaded))
+
+
+@pytest.mark.parametrize("kind", ["scaled gpt2", "gpt neo"])
+def test_a_narrower_student_of_fewer_layers_reloads_as_itself(kind, tmp_path):
+    student = initialise_student(NUMBERED[kind](), (0, 3))
+    narrow = narrow_student(student, Width(intermediate_size=24), token_rows(4))
+    narrow.save_pretrained(tmp_path)
+    assert torch.equal(logits(narrow), logits(type(narrow).from_pretrained(tmp_path).eval()))
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "masked distilbert"])
+def test_blocks_that_do_not_know_their_number_keep_all_they_hold(kind):
+    teacher = MODELS[kind]()
+    student = initialise_student(teacher, (0, 3))
+    pairs = zip(find_blocks(student)[1], (find_blocks(teacher)[1][i] for i in (0, 3)), strict=True)
+    for block, source in pairs:
+        for ours, theirs in zip(block.modules(), source.modules(), strict=True):
+            assert numbers(ours) == numbers(theirs)
 
 
 def test_lists_with_an_entry_a_layer_follow_the_choice():

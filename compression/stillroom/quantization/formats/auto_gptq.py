@@ -2,7 +2,9 @@
 
 The packed tensors are those of version 1. What differs is around them: auto-gptq looks for its
 settings in a file of their own, leaves a head that is tied to the embeddings uninitialised unless
-it is stored, and transformers of that time reads other names in config.json.
+it is stored, and transformers of that time reads other names in config.json. Inside the blocks it
+takes every linear layer for a packed one, all of the same bits and group size: others' shapes do
+not fit, and what it does not find it leaves at zero without an error.
 """
 
 import json
@@ -17,6 +19,7 @@ from stillroom.quantization.formats.compressed_tensors import find_places
 from stillroom.quantization.formats.folder import QuantizedFolder, open_quantized
 from stillroom.quantization.formats.gptq_versions import convert_zeros
 from stillroom.quantization.formats.shards import SHARD_BYTES, ShardWriter, new_folder, write_config
+from stillroom.quantization.packing import PackedWeight
 
 SETTINGS = "quantize_config.json"
 
@@ -28,11 +31,13 @@ def export_auto_gptq(folder: Path, target: Path, *, shard_bytes: int = SHARD_BYT
 
     Raises:
         SourceError: `folder` holds no GPTQ checkpoint, or `target` is not empty.
-        MismatchError: layers differ in bits, or a zero point is 0.
+        MismatchError: layers differ in bits or group size, one inside the blocks is not packed, or
+            a zero point is 0.
     """
     source = open_quantized(folder)
     section = source.config["quantization_config"] | {"checkpoint_format": "gptq"}
     places = find_places(source)
+    _require_whole_blocks(source, places.in_blocks)
     with new_folder(folder, target) as written:
         writer = ShardWriter(written, shard_bytes)
         for name in source.layers:
@@ -41,11 +46,7 @@ def export_auto_gptq(folder: Path, target: Path, *, shard_bytes: int = SHARD_BYT
                 writer.add(f"{name}.weight", dense)
                 continue
             packed, bits = source.packed(name)
-            if bits != section["bits"]:
-                raise MismatchError(
-                    f"auto-gptq holds layers of the same bits: {name} has {bits}, the checkpoint "
-                    f"says {section['bits']}; use the format compressed-tensors"
-                )
+            _require_same(packed, bits, section, name)
             packed = convert_zeros(packed, bits, source.checkpoint_format, "gptq", name)
             for part, tensor in packed.tensors().items():
                 writer.add(f"{name}.{part}", tensor)
@@ -58,6 +59,31 @@ def export_auto_gptq(folder: Path, target: Path, *, shard_bytes: int = SHARD_BYT
         (written / SETTINGS).write_text(json.dumps(settings(section), indent=2) + "\n")
         config = config_of_its_time(source.config)
         write_config(config | {"quantization_config": section}, written)
+
+
+def _require_whole_blocks(source: QuantizedFolder, in_blocks: list[str]) -> None:
+    packed = set(source.layers)
+    if skipped := [name for name in in_blocks if name not in packed]:
+        raise MismatchError(
+            f"auto-gptq takes every linear layer inside the blocks for a packed one: {len(skipped)}"
+            f", first {skipped[0]}, are not; use the format compressed-tensors, or quantize "
+            "without quantization.skip"
+        )
+
+
+def _require_same(packed: PackedWeight, bits: int, section: dict[str, Any], name: str) -> None:
+    if bits != section["bits"]:
+        raise MismatchError(
+            f"auto-gptq holds layers of the same bits: {name} has {bits}, the checkpoint "
+            f"says {section['bits']}; use the format compressed-tensors"
+        )
+    columns, groups, size = len(packed.g_idx), len(packed.scales), section["group_size"]
+    if groups != (1 if size == -1 else -(-columns // size)):
+        raise MismatchError(
+            f"auto-gptq holds layers of the same group_size: {name} has {groups} groups in "
+            f"{columns} columns, the checkpoint says {size}; use the format compressed-tensors, or "
+            "quantize without quantization.mixed.group_sizes"
+        )
 
 
 def _embeddings(source: QuantizedFolder, name: str) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillroom.blocks import find_stacks, find_weights
 from stillroom.errors import MismatchError, SourceError
 from stillroom.models import load_config, saved_dtype
 from stillroom.quantization.formats.folder import QuantizedFolder, open_quantized
@@ -121,6 +122,7 @@ class Places:
     linears: list[str]  # nn.Linear, but for the head
     embeddings: list[str]
     head: list[str]  # none or one
+    in_blocks: list[str]  # every weight matrix of the repeated blocks
 
     @property
     def dense(self) -> list[str]:
@@ -154,6 +156,7 @@ def find_places(source: QuantizedFolder) -> Places:
         [name for name, each in named.items() if isinstance(each, nn.Linear) and each is not last],
         [name for name, each in named.items() if isinstance(each, nn.Embedding)],
         [name for name, each in named.items() if each is last],
+        [f"{at}.{name}" for at, each in find_stacks(model).items() for name in find_weights(each)],
     )
 
 

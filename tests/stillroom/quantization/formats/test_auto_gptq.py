@@ -6,6 +6,7 @@ of the script take its device and its wait for the device away, and it quantizes
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ from stillroom.errors import CorruptedError, MismatchError
 from stillroom.models import load_model
 from stillroom.quantization.formats.auto_gptq import config_of_its_time, export_auto_gptq
 from stillroom.quantization.formats.convert import measure_export
+from stillroom.quantization.formats.export import save_quantized
 from stillroom.quantization.formats.folder import open_quantized
+from stillroom.quantization.options import QuantizationOptions
+from stillroom.quantization.sequential import quantize_model
 from tests.stillroom.quantization.formats.test_convert import saved
 from tests.stillroom.quantization.test_sequential import logits, rows
 from tests.stillroom.tiny import tiny_llama
@@ -112,6 +116,23 @@ def test_the_export_says_what_auto_gptq_looks_for_and_still_loads_here(tmp_path)
     assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
     assert open_quantized(tmp_path / "export").checkpoint_format == "gptq"
     assert measure_export(tmp_path / "ours", tmp_path / "export").max_difference == 0
+
+
+def test_a_layer_that_was_skipped_inside_the_blocks_is_refused(tmp_path):
+    saved(tmp_path / "ours", skip=("*.mlp.down_proj",))
+    with pytest.raises(MismatchError, match=r"2, first model\.layers\.0\.mlp\.down_proj, are not"):
+        export_auto_gptq(tmp_path / "ours", tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("odd_size", [16, 64, -1])
+def test_layers_of_several_group_sizes_are_refused(odd_size, tmp_path):
+    model, options = tiny_llama(hidden=64), QuantizationOptions(4, 32, method="rtn")
+    odd = {"model.layers.1.mlp.down_proj": replace(options, group_size=odd_size)}
+    result = quantize_model(model, rows(), options, layer_options=odd)
+    save_quantized(model, None, result, tmp_path / "ours")
+    with pytest.raises(MismatchError, match=r"layers\.1\.mlp\.down_proj has . groups? in 128"):
+        export_auto_gptq(tmp_path / "ours", tmp_path / "export")
 
 
 def test_files_named_after_the_settings_are_found(tmp_path):
