@@ -25,11 +25,11 @@ class Stage:
 
 
 IMPORT_MODEL = Stage("import_model", "model", 1)
-TRIM_VOCABULARY = Stage("trim_vocabulary", "model", 1)
+TRIM_VOCABULARY = Stage("trim_vocabulary", "model", 2)
 PREPARE_DATA = Stage("prepare_data", "dataset", 1)
 TUNE_TEACHER = Stage("tune_teacher", "model", 2)
 CACHE_TEACHER = Stage("cache_teacher", "teacher-cache", 5)
-DISTILL_STUDENT = Stage("distill_student", "model", 2)
+DISTILL_STUDENT = Stage("distill_student", "model", 3)
 QUANTIZE_MODEL = Stage("quantize_model", "model", 4)
 TRAIN_ADAPTER = Stage("train_adapter", "adapter", 5)
 MERGE_ADAPTER = Stage("merge_adapter", "model", 3)

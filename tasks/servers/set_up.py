@@ -38,8 +38,9 @@ def _set_up(settings: Settings) -> None:
     try:
         register(api, environment)
     except httpx.HTTPError as error:
+        said = " ".join(redact(str(error)).split())
         raise ServiceUnreachableError(
-            f"Prefect at {redact(api)} was not set up ({' '.join(str(error).split())}); see "
+            f"Prefect at {redact(api)} was not set up ({said}); see "
             "whether it runs, and whether PREFECT_API_AUTH_STRING is its USER:PASSWORD"
         ) from error
     print("the work pools, the deployments and the automations are there")

@@ -7,6 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from stillroom.data.documents import Document
+from stillroom.data.examples import Examples
+from stillroom.evaluation.reload import measure_reload
 from stillroom.models import (
     load_pretrained,
     load_tokenizer,
@@ -17,6 +19,9 @@ from stillroom.models import (
 from stillroom.vocabulary import trim_vocabulary, used_words, words_to_keep
 from tasks.work.bench import Bench, Result
 from tasks.work.texts import read_texts
+from tasks.work.training import reload_metrics
+
+WORDS_COMPARED = 32
 
 
 def work(bench: Bench) -> Result:
@@ -28,6 +33,7 @@ def work(bench: Bench) -> Result:
     keep = words_to_keep(tokenizer, counts, minimum=bench.section["minimum_uses"])
     model, tokenizer = trim_vocabulary(_teacher(bench), tokenizer, keep)
     save_model(model, tokenizer, bench.output)
+    reload = measure_reload(model, bench.load(bench.output), _first_words(len(keep)))
     used, lost = sum(counts.values()), sum(counts[word] for word in counts.keys() - set(keep))
     metrics = {
         "words": float(len(keep)),
@@ -35,7 +41,7 @@ def work(bench: Bench) -> Result:
         "share_of_text_in_dropped_words": lost / max(used, 1),
         "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
     }
-    return Result(licence=bench.licence("teacher"), metrics=metrics)
+    return Result(licence=bench.licence("teacher"), metrics=metrics | reload_metrics(reload))
 
 
 def _teacher(bench: Bench) -> PreTrainedModel:
@@ -47,6 +53,12 @@ def _teacher(bench: Bench) -> PreTrainedModel:
         torch.manual_seed(bench.order.seed)
         dtype = saved_dtype(read_config(folder))
         return load_pretrained(folder, task=bench.task, dtype=dtype)
+
+
+def _first_words(count: int) -> Examples:
+    """Return one row of the words that stay, or of some of them."""
+    ids = torch.arange(min(count, WORDS_COMPARED)).unsqueeze(0)  # (1, words)
+    return Examples(ids, torch.ones_like(ids), ids, torch.zeros(1, dtype=torch.int64), "")
 
 
 def _texts(documents: list[Document], tokenizer: Any) -> Iterator[str]:

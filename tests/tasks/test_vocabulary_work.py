@@ -59,6 +59,7 @@ def test_the_words_of_all_texts_stay_and_the_model_says_the_same(trim: Any) -> N
     assert len(after) == metrics["words"] == new.config.vocab_size < len(before)
     assert metrics["parameters"] == sum(each.numel() for each in new.parameters())
     assert metrics["share_of_text_in_dropped_words"] == 0
+    assert metrics["reload_max_difference"] == 0 < metrics["reload_max_logit"]
     assert tokenizer_hash(after) != tokenizer_hash(before)
     for text in [*TRAIN, *EVALUATION]:
         assert after.tokenize(text) == before.tokenize(text)
