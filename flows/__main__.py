@@ -12,11 +12,13 @@ from typing import Any
 
 from flows.approve import add_approve_command
 from flows.part import PARTS
-from stillroom.errors import RecipeError, StillroomError
+from stillroom.errors import RecipeError, ServiceUnreachableError, StillroomError
 from stillroom.redaction import redact
 from tasks.store.commands import add_store_commands, run_store_command
 
 ACTIONABLE, REFUSED = 2, 1
+UNREACHED = "Failed to reach API"
+"""How the RuntimeError begins that Prefect raises where its server does not answer."""
 DIMENSION = "measure-intrinsic-dimension"
 
 
@@ -172,7 +174,12 @@ def _measure_dimension(options: argparse.Namespace) -> int:
 
 @contextmanager
 def typed() -> Iterator[None]:
-    """Run a flow as a deployment would: with the tag by which an automation finds lost runs."""
+    """Run a flow as a deployment would: with the tag by which an automation finds lost runs.
+
+    Raises:
+        ServiceUnreachableError: Prefect's server does not answer.
+    """
+    from httpx import HTTPError
     from prefect import tags
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
@@ -181,8 +188,16 @@ def typed() -> Iterator[None]:
     # Our flows give signs of life themselves; Prefect's would hold the terminal up to a second.
     alone = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
     _collect_garbage()
-    with logging_in(), tags("stillroom"), alone:
-        yield
+    try:
+        with logging_in(), tags("stillroom"), alone:
+            yield
+    except (HTTPError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith(UNREACHED):
+            raise
+        raise ServiceUnreachableError(
+            f"Prefect's server does not answer ({error}): see whether it runs; without "
+            "PREFECT_API_URL a run brings its own"
+        ) from error
 
 
 def _collect_garbage() -> None:

@@ -250,6 +250,16 @@ class TestDisk:
         assert_refused(on_disk.compress(), "ead-only", "STILLROOM_HOME")
 
 
+@pytest.mark.integration
+def test_a_server_that_does_not_answer(tmp_path: Path, recipe: Recipe, parts: Path) -> None:
+    nobody = {"STILLROOM_HOME": str(tmp_path / "home"), "PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    terminal = Terminal(tmp_path, nobody)
+    for part in parts.iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    terminal.write(recipe)
+    assert_refused(terminal.compress(), "Prefect's server does not answer", "127.0.0.1:9")
+
+
 def test_a_python_below_3_11(tmp_path: Path) -> None:
     """A Python of that age answers the Makefile's question as the real one would."""
     for name in ("Makefile", "constraints.txt", "pyproject.toml"):
