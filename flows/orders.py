@@ -17,7 +17,7 @@ from stillroom.config import (
     Text,
     Training,
 )
-from stillroom.hardware import hardware_name, threads_here
+from stillroom.hardware import gpu_names, hardware_name, threads_here
 from stillroom.intrinsic_dimension.search import Trial
 from tasks.errand import class_of_workers
 from tasks.sources import Source
@@ -179,7 +179,8 @@ class Orders(Generic[A]):
         execution = self.recipe.execution
         if execution.over == "workers":
             return class_of_workers(execution.deployment, execution.threads)
-        return hardware_name(execution.threads or threads_here())
+        name = hardware_name(execution.threads or threads_here())
+        return f"{name}, {gpu_names()}" if execution.device == "cuda" else name
 
     @property
     def _layout(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import flows.orders
 from flows.plan import PlannedStage, plan, print_plan
 from stillroom.config import Recipe, load_recipe
 from stillroom.errors import SourceError
@@ -59,6 +60,16 @@ def test_another_temperature_redoes_the_cache_and_the_student(store: ArtifactSto
     redone = changed(store, "distillation.temperature=2")
     assert {"cache teacher", "distil student", "evaluate student"} <= redone
     assert not redone & {"import teacher", "prepare data", "evaluate teacher"}
+
+
+def test_another_gpu_redoes_the_measurements_alone(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = keys(store, "execution.device=cuda")
+    monkeypatch.setattr(flows.orders, "gpu_names", lambda: "another GPU")
+    after = keys(store, "execution.device=cuda")
+    redone = {title for title in before if before[title] != after[title]}
+    assert redone == {title for title in before if title.startswith("evaluate ")}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stillroom.adapters.adapted_model import text_limit
 from stillroom.errors import NotFiniteError, RecipeError
 from stillroom.evaluation.estimates import Estimate
 from stillroom.evaluation.figures import Cost
@@ -54,7 +55,7 @@ def measure_cost(
     """Measure `model`: count and weigh it, then time it at batch 1.
 
     Raises:
-        RecipeError: the workload is longer than the model's context.
+        RecipeError: the workload is longer than the model's context, less an adapter's tokens.
         NotFiniteError: the model's logits are NaN.
     """
     workload = workload or Workload()
@@ -125,11 +126,11 @@ def hardware() -> dict[str, str]:
 
 
 def _require_context(model: PreTrainedModel, task: Task, workload: Workload) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = text_limit(model)
     wanted = workload.prefill_tokens + (workload.decode_tokens if task == "causal_lm" else 0)
     if limit is not None and wanted > limit:
         raise RecipeError(
-            f"the speed measurement wants {wanted} tokens and the model's context holds {limit}; "
+            f"the speed measurement wants {wanted} tokens and the model reads {limit} of a text; "
             "lower evaluation.prefill_tokens or evaluation.decode_tokens"
         )
 

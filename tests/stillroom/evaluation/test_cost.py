@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from stillroom.adapters.adapted_model import AdaptedModel
+from stillroom.adapters.options import PromptOptions
 from stillroom.errors import NotFiniteError, RecipeError
 from stillroom.evaluation import cost as module
 from stillroom.evaluation.cost import (
@@ -123,8 +125,15 @@ def test_an_adapter_is_timed_over_its_base(kind):
 
 
 def test_a_workload_beyond_the_context_is_refused():
-    with pytest.raises(RecipeError, match="wants 140 tokens and the model's context holds 128"):
+    with pytest.raises(RecipeError, match="wants 140 tokens and the model reads 128 of a text"):
         measure_cost(tiny_llama(), 0, workload=Workload(120, 20, 2))
+
+
+def test_virtual_tokens_take_their_places_of_the_context():
+    adapted = AdaptedModel(tiny_llama())
+    adapted.add("a", PromptOptions(8), task="causal_lm", seed=0)
+    with pytest.raises(RecipeError, match="wants 128 tokens and the model reads 120 of a text"):
+        measure_cost(adapted, 0, workload=Workload(120, 8, 2))
 
 
 def test_nan_is_refused():
