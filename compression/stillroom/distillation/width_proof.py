@@ -66,14 +66,25 @@ def check_used(model: PreTrainedModel, output: Tensor, blocks: str) -> None:
 
 
 def empty(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """Return a float32 model whose parameters have shapes and no numbers."""
+    """Return a float32 model whose parameters have shapes and no numbers.
+
+    Raises:
+        RecipeError: models of this kind do not allow these sizes.
+    """
     from accelerate import init_empty_weights
 
     # Buffers are computed, as nothing else gives their values.
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = kind._from_config(  # type: ignore[no-untyped-call]
-            config, dtype=torch.float32
-        )
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = kind._from_config(  # type: ignore[no-untyped-call]
+                config, dtype=torch.float32
+            )
+    except ValueError as error:
+        raise RecipeError(
+            f"{FIELD}: sizes expected that a {kind.__name__} allows, also in the small one by "
+            f"which its widths are found; {error} came; take another teacher, or a student of "
+            "fewer layers"
+        ) from error
     return model
 
 

@@ -5,6 +5,7 @@ import transformers as tf
 from stillroom.distillation.width_axes import Axis
 from stillroom.distillation.width_probe import find_axes
 from stillroom.errors import RecipeError
+from tests.stillroom.tiny_decoders import tiny_diffllama
 from tests.stillroom.tiny_mixtures import tiny_mixtral, tiny_qwen3_moe, tiny_switch
 from tests.stillroom.tiny_widths import VALUES, tiny_of
 
@@ -109,6 +110,11 @@ def test_a_config_without_a_feed_forward_width_is_refused():
 def test_mixtures_are_refused(make):
     with pytest.raises(RecipeError, match="dense model of one stack"):
         find_axes(make())
+
+
+def test_sizes_that_a_kind_does_not_allow_are_refused():
+    with pytest.raises(RecipeError, match=r"a DiffLlamaForCausalLM allows.*to be even"):
+        find_axes(tiny_diffllama())
 
 
 def test_second_stacks_are_refused():
