@@ -51,15 +51,23 @@ def run_approve(options: argparse.Namespace) -> int:
 
 
 def _table(client: Any, run_id: str) -> str:
-    """Return the table and the gates of the run that asked, from its report."""
+    """Return the table and the gates of the run that asked, or why they cannot be shown here."""
+    from botocore.exceptions import BotoCoreError, ClientError
+    from mlflow.exceptions import MlflowException
+
     from stillroom.evaluation.report_data import ReportData
     from stillroom.evaluation.tables import render_table
     from stillroom.pull import reaching
+    from stillroom.redaction import redact
 
-    with tempfile.TemporaryDirectory(prefix="stillroom-") as scratch:
-        with reaching(client.tracking_uri):
-            file = client.download_artifacts(run_id, "report.json", scratch)
-        data = ReportData.from_json(Path(file).read_text())
+    try:
+        with tempfile.TemporaryDirectory(prefix="stillroom-") as scratch:
+            with reaching(client.tracking_uri):
+                file = client.download_artifacts(run_id, "report.json", scratch)
+            data = ReportData.from_json(Path(file).read_text())
+    except (MlflowException, OSError, BotoCoreError, ClientError) as error:
+        said = " ".join(redact(str(error)).split())[:200]
+        return f"the table of MLflow's run {run_id} cannot be read from here: {said}"
     gates = "\n".join(gate.sentence for gate in data.gates)
     return f"{render_table(data)}\n\n{gates}"
 

@@ -36,13 +36,18 @@ class Made(Generic[A]):
     def bases(self, name: str) -> dict[str, A]:
         """The models that stand alone, by the names they are registered under."""
         return {name: self.final} | {
-            f"{name}-{each}-merged": merged for each, merged in self.merged.items()
+            merged_name(name, each): merged for each, merged in self.merged.items()
         }
 
     @property
     def road(self) -> list[Measured[A]]:
         """The models on the way from the teacher to the final one, on the base's text."""
         return [row for row in self.measured if not row.control and row.text == BASE_TEXT]
+
+
+def merged_name(name: str, adapter: str) -> str:
+    """Return what a base is registered as that an adapter is merged into."""
+    return f"{name}-{adapter}-merged"
 
 
 ALONE = {"soft_weight": 0.0, "hard_weight": 1.0, "cosine_weight": 0.0}

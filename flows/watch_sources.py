@@ -11,8 +11,10 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows.plan import planned_orders, resolve_source
+from flows.road import merged_name
 from stillroom.config import Model, Recipe, Text
 from stillroom.errors import RecipeError
+from stillroom.pull import parse_reference
 from stillroom.redaction import redact
 from tasks.explain import explain
 from tasks.heartbeat import beating
@@ -27,6 +29,8 @@ from tasks.stages import EVALUATE_MODEL
 from tasks.store.store import open_store
 
 ON_SERVERS = ("registry", "s3")
+NEWEST = "latest"
+"""The alias by which MLflow itself names a model's newest version."""
 ORDERED = "a run"
 MOST_SHOWN = 200
 """Characters of a run's last words that the table shows."""
@@ -99,7 +103,7 @@ def look_after(name: str, client: SyncPrefectClient, *, asked: bool) -> Row:
         StillroomError: the recipe or what it names cannot be read; the message says why.
     """
     recipe = load_named(name, Settings().recipes)
-    _require_an_end(recipe)
+    require_an_end(recipe)
     if not asked and not any(place_of(each.source) in ON_SERVERS for each in places_of(recipe)):
         return Row(name, "it names no registered model and nothing on S3", "nothing")
     seen, before = look_at(recipe), last_run(name, client)
@@ -113,14 +117,19 @@ def look_after(name: str, client: SyncPrefectClient, *, asked: bool) -> Row:
     return Row(name, changed, ORDERED, run.link)
 
 
-def _require_an_end(recipe: Recipe) -> None:
+def require_an_end(recipe: Recipe) -> None:
     """Refuse a recipe that would be ordered anew by its own result.
 
     Raises:
         RecipeError: its teacher is what it publishes.
     """
-    publish = recipe.publish
-    if publish and recipe.teacher.source == f"models:/{publish.name}@{publish.alias}":
+    publish, source = recipe.publish, recipe.teacher.source
+    if publish is None or place_of(source) != "registry":
+        return
+    name, alias, _ = parse_reference(source)
+    merging = [each.name for each in recipe.adapters if each.method == "lora" and each.merge]
+    published = {publish.name, *(merged_name(publish.name, each) for each in merging)}
+    if name in published and alias in (publish.alias, NEWEST):
         raise RecipeError(
             f"its teacher {recipe.teacher.source} is what it publishes: each run would order the "
             "next; publish under another name or alias, or order its runs by hand"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from stillroom.errors import MismatchError
+from stillroom.errors import MismatchError, SourceError
 from stillroom.pull import find, parse_reference, reaching
 from stillroom.redaction import redact
 from tasks.registry import TAG_GATES, TAG_GATES_FAILED, Registered, champion, move_alias
@@ -229,6 +229,12 @@ def _answer_in(tags: Mapping[str, str]) -> Answer | None:
 
 def _read_move(client: Any, uri: str) -> Move:
     name, _, version = parse_reference(uri)
+    try:
+        find(client, uri)
+    except SourceError as error:
+        raise SourceError(
+            f"{uri}, which was to be answered for, is not there any more: run the recipe again"
+        ) from error
     tags = client.get_model_version(name, version).tags
     if tags.get(TAG_GATES) != "passed":
         raise MismatchError(

@@ -8,6 +8,17 @@ from tasks.settings import QUIET_SERVICES, Settings
 from tasks.settings_file import VARIABLE, settings_path
 
 ROOT = Path(__file__).parents[2]
+PREFECT_DATABASE = (
+    "PREFECT_API_DATABASE_CONNECTION_URL",
+    "PREFECT_SERVER_DATABASE_CONNECTION_URL",
+)
+DATABASES = (
+    "STILLROOM_PREFECT_DATABASE",
+    "STILLROOM_MLFLOW_DATABASE",
+    "MLFLOW_BACKEND_STORE_URI",
+    *PREFECT_DATABASE,
+)
+"""Variables with the databases' passwords: each server is told its own, and no worker any."""
 NEAR = ("localhost", "127.0.0.1", "[::1]")
 """Names of this machine, under which MLflow answers by itself."""
 
@@ -15,10 +26,11 @@ NEAR = ("localhost", "127.0.0.1", "[::1]")
 def base_variables(settings: Settings, services: dict[str, str]) -> dict[str, str]:
     """Return the environment of all servers and of the worker."""
     file = settings_path()
+    ours = {name: value for name, value in os.environ.items() if name not in DATABASES}
     return (
         # Somebody waits for each run: workers ask oftener for the next one than each 10 s.
         {"PREFECT_WORKER_QUERY_SECONDS": "2"}
-        | os.environ
+        | ours
         | QUIET_SERVICES
         | settings.logins()
         # They run in another folder.
@@ -39,7 +51,8 @@ def base_variables(settings: Settings, services: dict[str, str]) -> dict[str, st
 
 def prefect_variables(settings: Settings) -> dict[str, str]:
     """Return what Prefect's server alone is told."""
-    variables = {
+    variables = {name: os.environ[name] for name in PREFECT_DATABASE if name in os.environ}
+    variables |= {
         # The page asks the server that it came from, under whichever name that was called.
         "PREFECT_SERVER_UI_API_URL": "/api",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",

@@ -49,6 +49,8 @@ def test_every_field_says_in_a_sentence_what_it_is() -> None:
         ("quantization.bit=4", "quantization.bit: unknown key"),
         ("adapters.0.rank=0", "adapters.0.rank: Input should be greater than or equal to 1"),
         ("adapters.0.name=base", "adapters.base: reports call the text of `data` so"),
+        ("publish.alias=latest", "latest is one that MLflow gives by itself"),
+        ("publish.alias=V2", "V2 is one that MLflow gives by itself"),
         ("quantization.group_size=0", "0 is no group; use 32, 64, 128, or -1"),
         ("distillation.soft_weight=0", "soft_weight"),
         (

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import flows.__main__
 import tasks.approval
 from stillroom.errors import MismatchError, SourceError
 from tasks.approval import Answer, Question, ask, pending_question, question_of, settle
@@ -188,6 +189,29 @@ def test_what_cannot_be_approved(place: Place, pair: tuple[Registered, Registere
         pending_question(place.client, "models:/tiny/1")
     with pytest.raises(MismatchError, match=r"models:/tiny/1: expected .* these failed: kl, size"):
         pending_question(place.client, "models:/tiny-law/1")
+
+
+def test_a_version_that_was_deleted_since_is_named(
+    place: Place, pair: tuple[Registered, Registered]
+) -> None:
+    ask(place.client, question(place, pair))
+    place.client.delete_model_version("tiny-law", "1")
+    with pytest.raises(SourceError, match="models:/tiny-law/1, which was to be answered for"):
+        pending_question(place.client, "models:/tiny/1")
+
+
+def test_a_question_can_be_answered_where_its_table_cannot_be_read(
+    place: Place,
+    pair: tuple[Registered, Registered],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ask(place.client, question(place, pair))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", place.uri)
+    assert flows.__main__.main(["approve", "models:/tiny/1"]) == 0  # it has left no report
+    said = capsys.readouterr().out
+    assert f"the table of MLflow's run {place.parent.run_id} cannot be read from here" in said
+    assert bearers(place) == ["1", "1"]
 
 
 def test_secrets_stay_out_of_what_is_kept(

@@ -6,7 +6,12 @@ import pytest
 from stillroom.errors import SettingsError
 from tasks.servers.logins import require_login_outside
 from tasks.servers.processes import require_free
-from tasks.servers.variables import mlflow_options, prefect_variables
+from tasks.servers.variables import (
+    base_variables,
+    mlflow_options,
+    mlflow_variables,
+    prefect_variables,
+)
 from tasks.settings import Settings
 from tasks.settings_file import variable_of
 
@@ -169,6 +174,18 @@ def test_other_machines_are_let_at_no_open_server(
 def test_a_host_that_is_none_of_this_machine() -> None:
     with pytest.raises(SettingsError, match="STILLROOM_HOST"):
         require_free("192.0.2.7", 4200, "STILLROOM_PREFECT_PORT")
+
+
+def test_the_databases_passwords_are_their_servers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILLROOM_PREFECT_DATABASE", "postgresql+asyncpg://u:hush@h/prefect")
+    monkeypatch.setenv("STILLROOM_MLFLOW_DATABASE", "postgresql+psycopg2://u:hush@h/mlflow")
+    monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "postgresql+asyncpg://u:hush@h/p")
+    everyones = base_variables(Settings(), {"prefect": "http://p/api", "mlflow": "http://m"})
+    assert not [name for name, value in everyones.items() if "hush" in value]
+    prefects, mlflows = prefect_variables(Settings()), mlflow_variables(Settings())
+    assert prefects["PREFECT_API_DATABASE_CONNECTION_URL"].endswith("h/prefect")
+    assert prefects["PREFECT_SERVER_DATABASE_CONNECTION_URL"].endswith("h/p")
+    assert mlflows["MLFLOW_BACKEND_STORE_URI"].endswith("h/mlflow")
 
 
 def test_pages_and_names_that_are_let_in(monkeypatch: pytest.MonkeyPatch) -> None:

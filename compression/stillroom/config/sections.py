@@ -3,9 +3,10 @@
 Training, distillation and quantization have a file each.
 """
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from stillroom.config.section import Count, Fraction, Identifier, Section, Source
 from stillroom.config.training import Training
@@ -130,12 +131,24 @@ class Gates(Section):
     """Largest change of a logit after saving and loading afresh, over the largest logit."""
 
 
+def _not_reserved(alias: str) -> str:
+    """Refuse what MLflow resolves by itself: the newest version, or one by its number."""
+    if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
+        raise ValueError(
+            f"expected an alias that can be moved; {alias} is one that MLflow gives by itself; "
+            "take another, such as champion"
+        )
+    return alias
+
+
 class Publish(Section):
     """Where the result is registered."""
 
     name: Identifier
     """Name of the registered model; each adapter is registered as name-adapter."""
-    alias: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,62}$")] = "champion"
+    alias: Annotated[
+        str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,62}$"), AfterValidator(_not_reserved)
+    ] = "champion"
     """Alias that moves to the new version if every gate passes."""
     approval: bool = False
     """Whether someone is asked before the alias moves: a deployment's run suspends itself with the
