@@ -11,7 +11,7 @@ from typing import Any
 import stillroom
 from stillroom.contents import LISTING, Contents
 from stillroom.serving import CODE, DEFAULT_NEW_TOKENS, MASK
-from stillroom.serving_config import DEFAULT_CONFIG
+from stillroom.serving_options import DEFAULT_CONFIG
 
 REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "llvmlite", "numpy", "pandas")
 EXAMPLE_TEXT = "Once upon a time"

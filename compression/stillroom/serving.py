@@ -18,7 +18,7 @@ from stillroom.errors import MismatchError
 from stillroom.intrinsic_dimension.folders import is_subspace
 from stillroom.llama_engine import GGUF_FILE, LlamaCppModel
 from stillroom.remote_code import trusting_code
-from stillroom.serving_config import DEFAULT_CONFIG, choose_engine, trusts_code
+from stillroom.serving_options import DEFAULT_CONFIG, choose_engine, trusts_code
 
 # The code file of every registered version.
 CODE = """\

@@ -7,14 +7,14 @@ import sys
 import pytest
 import torch
 
-from stillroom import serving_config
+from stillroom import serving_options
 from stillroom.contents import BaseReference, Contents, list_files, verify_files
 from stillroom.errors import MismatchError, RecipeError, SourceError
 from stillroom.llama_engine import GGUF_FILE, LlamaCppModel, has_llama_cpp
 from stillroom.models import load_model, load_tokenizer, require_label_head
 from stillroom.quantization.formats.gguf_export import export_gguf
 from stillroom.serving import ServedModel, read_stop_ids
-from stillroom.serving_config import DEFAULT_CONFIG, choose_engine
+from stillroom.serving_options import DEFAULT_CONFIG, choose_engine
 from tasks.registry import register_base
 from tests.stillroom.quantization.formats.gguf_models import tiny_model, write_checkpoint
 
@@ -38,12 +38,12 @@ def chosen(folder, contents=CONTENTS, **config):
 
 @pytest.fixture
 def installed(monkeypatch):
-    monkeypatch.setattr(serving_config, "has_llama_cpp", lambda: True)
+    monkeypatch.setattr(serving_options, "has_llama_cpp", lambda: True)
 
 
 @pytest.fixture
 def absent(monkeypatch):
-    monkeypatch.setattr(serving_config, "has_llama_cpp", lambda: False)
+    monkeypatch.setattr(serving_options, "has_llama_cpp", lambda: False)
 
 
 def test_llama_cpp_decodes_where_it_can(folder, installed):
