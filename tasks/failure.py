@@ -12,6 +12,7 @@ from stillroom.errors import (
     LoginError,
     MismatchError,
     OutOfMemoryError,
+    PieceGoneError,
     RecipeError,
     ServiceUnreachableError,
     SettingsError,
@@ -52,6 +53,10 @@ _ADVICE: tuple[tuple[type[StillroomError], str], ...] = (
         CorruptedError,
         "Something changed files in the store: repair it as the sentence says where the store is "
         f"at hand, {_RERUN}.",
+    ),
+    (
+        PieceGoneError,
+        f"The recipe is in order: let the other run of the same work end, {_RERUN}.",
     ),
     (StoreError, f"See to the store or the disk as the sentence says, {_RERUN}."),
     (SourceError, f"Mend the source, or name another one in the recipe; {_RERUN}."),

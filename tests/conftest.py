@@ -1,5 +1,7 @@
-"""S3 servers and a registry, and an environment that knows nothing but one of them."""
+"""S3 servers, a registry, a mount, and an environment that knows nothing but one of them."""
 
+import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,3 +69,17 @@ def s3_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.endpoint)
 
     return point
+
+
+@pytest.fixture(params=["disk", "bound"])
+def mounted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """An empty folder that is a mount: a file system, or a folder bound from the same one."""
+    folder, other = tmp_path / "a mount", tmp_path / "other"
+    folder.mkdir()
+    other.mkdir()
+    how = ["--bind", str(other)] if request.param == "bound" else ["-t", "tmpfs", "tmpfs"]
+    mount = ["mount", *how, str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -4,15 +4,22 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from stillroom.errors import CorruptedError, StoreError
+from stillroom.errors import CorruptedError, PieceGoneError
+
+TRIES = 5
+T = TypeVar("T")
 
 
 class Checkpoints(Protocol):
-    """Named pieces of unfinished work, kept where the next attempt will find them."""
+    """Named pieces of unfinished work, kept where the next attempt will find them.
+
+    Another run of the same work may save and delete pieces meanwhile. What `names` gave may be
+    gone when it is loaded: whoever can do without it then asks for the names again.
+    """
 
     def names(self) -> list[str]:
         """Return the names of the complete pieces, sorted."""
@@ -21,10 +28,10 @@ class Checkpoints(Protocol):
         """Keep every file below `folder` as the piece `name`, all or nothing."""
 
     def load(self, name: str, folder: Path) -> None:
-        """Write the files of the piece `name` below `folder`.
+        """Write the files of the piece `name` below `folder`, all of one saving.
 
         Raises:
-            StoreError: there is no such piece.
+            PieceGoneError: there is no such piece, or no more.
             CorruptedError: a file is not the one that was saved.
         """
 
@@ -46,9 +53,9 @@ class NoCheckpoints:
         """Refuse: nothing was kept.
 
         Raises:
-            StoreError: always.
+            PieceGoneError: always.
         """
-        raise StoreError(f"no checkpoint named {name!r}: this work keeps none")
+        raise PieceGoneError(f"no checkpoint named {name!r}: this work keeps none")
 
     def delete(self, name: str) -> None:
         """Forget nothing."""
@@ -76,24 +83,76 @@ class FolderCheckpoints:
         os.replace(draft, self.root / f"{name}.json")
 
     def load(self, name: str, folder: Path) -> None:
-        """Write the files of the piece `name` below `folder`, verified."""
-        listing = self.root / f"{name}.json"
-        if not listing.exists():
-            raise StoreError(f"no checkpoint named {name!r} in {self.root}")
-        for relative, expected in json.loads(listing.read_text()).items():
-            target = folder / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.root / name / relative, target)
-            if sha256_of(target) != expected:
-                raise CorruptedError(
-                    f"checkpoint {name}: {relative} has changed since it was written; "
-                    f"delete {self.root / name} and run again"
-                )
+        """Write the files of the piece `name` below `folder`, verified.
+
+        Raises:
+            PieceGoneError: there is no such piece, or no more.
+            CorruptedError: a file is not the one that was saved.
+        """
+
+        def listing() -> dict[str, str] | None:
+            try:
+                hashes: dict[str, str] = json.loads((self.root / f"{name}.json").read_text())
+            except FileNotFoundError:
+                return None
+            return hashes
+
+        def fetch(hashes: dict[str, str]) -> str:
+            for relative, expected in hashes.items():
+                source, target = self.root / name / relative, folder / relative
+                target.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    sound = sha256_of(shutil.copyfile(source, target)) == expected
+                except FileNotFoundError:
+                    sound = False
+                if not sound:
+                    remove_files(folder, hashes)
+                    return (
+                        f"checkpoint {name}: {relative} has changed since it was written; "
+                        f"delete {self.root / name} and run again"
+                    )
+            return ""
+
+        load_listed(f"checkpoint named {name!r} in {self.root}", listing, fetch)
 
     def delete(self, name: str) -> None:
         """Forget the piece `name`; do nothing where there is none."""
         (self.root / f"{name}.json").unlink(missing_ok=True)
         shutil.rmtree(self.root / name, ignore_errors=True)
+
+
+def load_listed(what: str, listing: Callable[[], T | None], fetch: Callable[[T], str]) -> None:
+    """Fetch a piece as its listing says; where that fails, as the listing of then says.
+
+    A run at work replaces and forgets pieces: a file that does not fit is damaged only where the
+    piece is still listed as it was. `fetch` returns what is wrong, or "".
+
+    Raises:
+        PieceGoneError: there is no listing, or no more.
+        CorruptedError: a file is not the one that is listed.
+    """
+    for _ in range(TRIES):
+        listed = listing()
+        if listed is None:
+            raise PieceGoneError(
+                f"no {what}, or no more; if another run of the same work is under way, run again "
+                "when it has ended"
+            )
+        problem = fetch(listed)
+        if not problem:
+            return
+        if listing() == listed:
+            raise CorruptedError(problem)
+    raise PieceGoneError(
+        f"the {what} was replaced {TRIES} times while it was read: another run of the same work "
+        "saves it; run again when that has ended"
+    )
+
+
+def remove_files(folder: Path, names: Iterable[str]) -> None:
+    """Remove the named files below `folder`, as far as they are there."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def files_below(folder: Path) -> Iterator[Path]:

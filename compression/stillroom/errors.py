@@ -8,6 +8,7 @@
     ├── MismatchError        two things that must belong together do not
     ├── StoreError           the artifact store cannot be read or written
     │   ├── CorruptedError   a stored file is not the file that was stored
+    │   ├── PieceGoneError   a piece of unfinished work is not kept, or no more
     │   └── StoreUnreachableError
     ├── ServiceUnreachableError   MLflow or Prefect does not answer
     ├── LoginError           MLflow or Prefect refuses the login
@@ -50,6 +51,10 @@ class StoreError(StillroomError):
 
 class CorruptedError(StoreError):
     """The bytes of a stored file are not those that were stored."""
+
+
+class PieceGoneError(StoreError):
+    """A piece of unfinished work is not kept, or was forgotten while it was read."""
 
 
 class StoreUnreachableError(StoreError):

@@ -20,6 +20,7 @@ from stillroom.errors import (
     StoreError,
     StoreUnreachableError,
 )
+from stillroom.folder import fill, new_or_empty
 from stillroom.redaction import redact
 
 ATTEMPTS = 4
@@ -55,7 +56,7 @@ def pull(
 
     Args:
         model_uri: models:/NAME@ALIAS or models:/NAME/VERSION.
-        folder: must not exist, or be empty.
+        folder: must not exist, or be empty; it may be a mount, or a link to a folder.
         merged: add the adapter into its base's weights, in float32.
         tracking_uri: address of MLflow; absent: MLFLOW_TRACKING_URI.
 
@@ -65,20 +66,11 @@ def pull(
         CorruptedError: a file is not the one that was registered.
         ServiceUnreachableError: MLflow does not answer.
     """
-    target = folder.expanduser().absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise StoreError(f"{folder} must be an empty or a new folder; choose another one")
+    target = new_or_empty(folder)
     parse_reference(model_uri)
     client = open_client(tracking_uri)
-    part = target.with_name(f"{target.name}.part")
-    if part.exists():
-        shutil.rmtree(part)
-    part.mkdir(parents=True)
-    try:
-        result = _assemble(client, find(client, model_uri), part, merged=merged)
-        result.replace(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    version = find(client, model_uri)
+    fill(target, lambda part: _assemble(client, version, part, merged=merged))
 
 
 def _assemble(client: Any, version: Version, part: Path, *, merged: bool) -> Path:

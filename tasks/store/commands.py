@@ -97,8 +97,8 @@ def _verify(store: ArtifactStore, *, deep: bool, repair: bool) -> int:
     problems = list(store.verify(deep=deep))
     for problem in problems:
         print(f"{problem.name}: {problem.text}")
-        if repair:
-            store.repair(problem)
+        if repair and not store.repair(problem):
+            print(f"{problem.useless[0]}: stays, as it has been written anew meanwhile")
     if not problems:
         extent = "every file has its hash" if deep else "every file has its size"
         print(f"{store.url} is sound: {extent}")

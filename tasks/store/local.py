@@ -48,7 +48,12 @@ class LocalBackend:
                 with contextlib.suppress(OSError):
                     os.link(source, target)
                     return True
-            shutil.copyfile(source, target)
+            try:
+                shutil.copyfile(source, target)
+            except FileNotFoundError:
+                if source.exists():
+                    raise
+                return False  # removed since it was looked for
             return True
 
     def put_file(self, name: str, source: Path) -> None:
@@ -134,7 +139,7 @@ class LocalBackend:
         with explained_disk(f"{self.root} cannot be read"):
             if self.root.exists() and not self.root.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a folder")
-            for path in sorted((self.root / prefix.rpartition("/")[0]).rglob("*")):
+            for path in sorted(_files_below(self.root / prefix.rpartition("/")[0])):
                 name = path.relative_to(self.root).as_posix()
                 if not name.startswith(prefix):
                     continue
@@ -181,6 +186,17 @@ def explained_disk(what: str) -> Iterator[None]:
         else:
             text = f"{what}: {reason}; check STILLROOM_STORE and the disk, then run again"
         raise StoreError(text) from error
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield what is no folder below `folder`; a folder that is removed meanwhile has nothing."""
+
+    def gone_or_closed(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+            raise error
+
+    for parent, _, names in os.walk(folder, onerror=gone_or_closed):
+        yield from (Path(parent, name) for name in names)
 
 
 def _flush(path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from stillroom.checkpoint import files_below, sha256_of
+from stillroom.checkpoint import files_below, load_listed, remove_files, sha256_of
 from stillroom.errors import CorruptedError, StoreError
 from tasks.store.backend import Backend
 from tasks.store.record import StoredFile
@@ -74,21 +74,23 @@ class StoreCheckpoints:
         """Write the files of the piece `name` below `folder`, verified.
 
         Raises:
-            StoreError: there is no such piece.
+            PieceGoneError: there is no such piece, or no more.
             CorruptedError: a file is not the one that was saved.
         """
-        piece = self.piece(name)
-        if piece is None:
-            raise StoreError(f"no checkpoint named {name!r} at {self.backend.url}/{self.root}")
-        for file in piece.files:
-            target = folder / file.path
-            found = self.backend.get(self.content(piece, file), target)
-            if not found or target.stat().st_size != file.size or sha256_of(target) != file.sha256:
-                raise CorruptedError(
-                    f"checkpoint {name} of {self.key[:12]}: {file.path} is not the file that was "
-                    "saved; run `python -m flows store verify --repair`, then run again: the work "
-                    "goes on from the pieces that are whole"
-                )
+
+        def fetch(piece: Piece) -> str:
+            for file in piece.files:
+                if not self._fetch(self.content(piece, file), file, folder / file.path):
+                    remove_files(folder, (each.path for each in piece.files))
+                    return (
+                        f"checkpoint {name} of {self.key[:12]}: {file.path} is not the file that "
+                        "was saved; run `python -m flows store verify --repair`, then run again: "
+                        "the work goes on from the pieces that are whole"
+                    )
+            return ""
+
+        what = f"checkpoint named {name!r} at {self.backend.url}/{self.root}"
+        load_listed(what, lambda: self.piece(name), fetch)
 
     def delete(self, name: str) -> None:
         """Forget the piece `name` and free its space; do nothing where there is none."""
@@ -132,6 +134,10 @@ class StoreCheckpoints:
     def content(self, piece: Piece, file: StoredFile) -> str:
         """Return where the content of a piece's file lies in the store."""
         return f"{self.root}files/{piece.attempt}/{file.path}"
+
+    def _fetch(self, content: str, file: StoredFile, target: Path) -> bool:
+        found = self.backend.get(content, target)
+        return found and target.stat().st_size == file.size and sha256_of(target) == file.sha256
 
     def _former(self, name: str) -> Piece | None:
         try:

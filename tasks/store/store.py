@@ -17,7 +17,7 @@ from tasks.store.lease import LEASE_SECONDS, Lease, held
 from tasks.store.local import LocalBackend
 from tasks.store.partial import StoreCheckpoints
 from tasks.store.record import Record, StoredFile, blob_name, manifest_name
-from tasks.store.verify import REPAIR, Problem, find_problems
+from tasks.store.verify import REPAIR, Problem, find_problems, repair_problem
 
 
 def open_store(url: str) -> "ArtifactStore":
@@ -171,10 +171,12 @@ class ArtifactStore:
         """Yield what is wrong in the store; with `deep`, read and hash every file."""
         return find_problems(self.backend, deep=deep)
 
-    def repair(self, problem: Problem) -> None:
-        """Remove what the problem makes useless, so that a rerun makes it again."""
-        for name in problem.useless:
-            self.backend.delete(name)
+    def repair(self, problem: Problem) -> bool:
+        """Remove what the problem makes useless, so that a rerun makes it again.
+
+        Return False where a run at work has replaced it since: then it stays.
+        """
+        return repair_problem(self.backend, problem)
 
     def forget(self, record: Record) -> None:
         """Remove an artifact's manifest; its blobs stay, for others may use them."""

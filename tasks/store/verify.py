@@ -2,14 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic import ValidationError
 
 from stillroom.errors import CorruptedError
 from tasks.store.backend import Backend, each
-from tasks.store.partial import StoreCheckpoints, partial_keys
+from tasks.store.partial import Piece, StoreCheckpoints, partial_keys
 from tasks.store.record import Record, StoredFile, blob_name
 
 REPAIR = "python -m flows store verify --repair"
@@ -27,6 +27,8 @@ class Problem:
     text: str
     useless: tuple[str, ...]
     """What it makes useless, in the order in which it may be removed."""
+    seen: bytes | None = None
+    """The first of these as it was examined, where it may be replaced by a sound one."""
 
 
 def find_problems(backend: Backend, *, deep: bool) -> Iterator[Problem]:
@@ -56,36 +58,82 @@ def find_problems(backend: Backend, *, deep: bool) -> Iterator[Problem]:
 
 def _read(backend: Backend, name: str) -> Record | Problem | None:
     """Return a manifest, what is wrong with it, or None where it was removed since."""
+    content = _content(backend, name)
+    if content is None:
+        return None
     try:
-        content = backend.read(name)
-        record = None if content is None else Record.model_validate_json(content)
-    except (CorruptedError, ValidationError):
-        return _unreadable(name, "truncated or damaged")
-    if record is not None and record.name != name:
-        return _unreadable(name, f"describes {record.name}")
+        record = Record.model_validate_json(content)
+    except ValidationError:
+        return _unreadable(name, content, "truncated or damaged")
+    if record.name != name:
+        return _unreadable(name, content, f"describes {record.name}")
     return record
 
 
-def _examine_checkpoints(backend: Backend, key: str, *, deep: bool) -> Iterator[Problem]:
-    checkpoints = StoreCheckpoints(backend, key)
-    contents = _Contents(backend, checkpoints.root, deep)
+def repair_problem(backend: Backend, problem: Problem) -> bool:
+    """Remove what a problem makes useless, and return True; spare what is another one by now."""
+    if problem.seen is not None:
+        now = _content(backend, problem.useless[0])
+        if now is not None and now != problem.seen:
+            return False
+    for name in problem.useless:
+        backend.delete(name)
+    return True
 
-    def examine(name: str) -> list[Problem]:
-        listing = checkpoints.listing(name)
-        try:
-            piece = checkpoints.piece(name)
-        except CorruptedError:
-            return [_unreadable(listing, "truncated or damaged")]
-        if piece is None:
+
+def _content(backend: Backend, name: str) -> bytes | None:
+    """Return a listing or manifest, or None where there is none; empty where it is damaged."""
+    try:
+        return backend.read(name)
+    except CorruptedError:
+        return b""
+
+
+def _examine_checkpoints(backend: Backend, key: str, *, deep: bool) -> Iterator[Problem]:
+    pieces = _Pieces(backend, key, deep)
+    for problems in each(backend, pieces.checkpoints.names(), pieces.examine):
+        yield from problems
+
+
+class _Pieces:
+    """Examines the pieces of one key, which a run at work replaces and forgets meanwhile."""
+
+    def __init__(self, backend: Backend, key: str, deep: bool) -> None:
+        self.backend = backend
+        self.deep = deep
+        self.checkpoints = StoreCheckpoints(backend, key)
+        self.contents = _Contents(backend, self.checkpoints.root, deep)
+
+    def examine(self, name: str) -> list[Problem]:
+        """Return what is wrong with a piece, and still is when it is looked at once more."""
+        # The sizes of all pieces come by one request, which may be older than this piece.
+        return self._look(name, self.contents) and self._look(name, None)
+
+    def _look(self, name: str, contents: "_Contents | None") -> list[Problem]:
+        listing = self.checkpoints.listing(name)
+        seen = _content(self.backend, listing)
+        if seen is None:
             return []
+        try:
+            piece = Piece.model_validate_json(seen)
+        except ValidationError:
+            problems = [_unreadable(listing, seen, "truncated or damaged")]
+        else:
+            problems = self._compare(piece, listing, seen, contents)
+        # Files go after the listing that needs them: while that is the same, none may be missing.
+        return problems if problems and _content(self.backend, listing) == seen else []
+
+    def _compare(
+        self, piece: Piece, listing: str, seen: bytes, contents: "_Contents | None"
+    ) -> list[Problem]:
+        if contents is None:
+            folder = f"{self.checkpoints.root}files/{piece.attempt}/"
+            contents = _Contents(self.backend, folder, self.deep)
         examined = (
-            contents.examine(checkpoints.content(piece, file), file, [listing])
+            contents.examine(self.checkpoints.content(piece, file), file, [listing])
             for file in piece.files
         )
-        return [problem for problem in examined if problem is not None]
-
-    for problems in each(backend, checkpoints.names(), examine):
-        yield from problems
+        return [replace(problem, seen=seen) for problem in examined if problem is not None]
 
 
 class _Contents:
@@ -104,10 +152,13 @@ class _Contents:
         if size != file.size:
             text = f"{size} bytes instead of {file.size}, {used}"
             return Problem("size", name, text, (*users, name))
-        if self.deep and self.backend.sha256(name) != file.sha256:
+        sha256 = self.backend.sha256(name) if self.deep else file.sha256
+        if sha256 is None:
+            return Problem("missing", name, f"missing, {used}", tuple(users))
+        if sha256 != file.sha256:
             return Problem("content", name, f"its content has changed, {used}", (*users, name))
         return None
 
 
-def _unreadable(name: str, text: str) -> Problem:
-    return Problem("manifest", name, text, (name,))
+def _unreadable(name: str, content: bytes, text: str) -> Problem:
+    return Problem("manifest", name, text, (name,), content)

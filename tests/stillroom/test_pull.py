@@ -176,15 +176,39 @@ def test_full_folder_is_refused_and_kept(place: Place, tmp_path: Path) -> None:
     assert (mine / "letter.txt").read_text() == "dear"
 
 
-def test_empty_folder_and_the_rest_of_a_killed_pull_are_taken(place: Place, goal: Path) -> None:
+def test_empty_folder_is_taken_and_one_beside_it_left_alone(place: Place, goal: Path) -> None:
     register_base(place.client, place.candidate("tiny", llama_folder(place.root), "a" * 64))
     goal.mkdir(parents=True)
-    part = goal.with_name("here.part")
-    part.mkdir()
-    (part / "half").write_text("")
+    mine = goal.with_name("here.part")
+    mine.mkdir()
+    (mine / "letter.txt").write_text("dear")
     pull("models:/tiny/1", goal, tracking_uri=place.uri)
     assert (goal / "config.json").is_file()
-    assert not part.exists()
+    assert (mine / "letter.txt").read_text() == "dear"
+    assert sorted(path.name for path in goal.parent.iterdir()) == ["here", "here.part"]
+
+
+def test_adapter_comes_into_a_mount_that_a_link_names(
+    place: Place, mounted: Path, goal: Path
+) -> None:
+    _, adapter = register_pair(place)
+    goal.parent.mkdir()
+    goal.symlink_to(mounted)
+
+    pull(adapter.uri, goal, tracking_uri=place.uri)
+
+    assert sorted(path.name for path in mounted.iterdir()) == ["adapter", "base"]
+    assert goal.is_symlink()
+    found = logits(AutoModelForCausalLM.from_pretrained(goal / "adapter"))
+    torch.testing.assert_close(found, adapted_logits(place.root))
+
+
+def test_a_failed_pull_leaves_a_mount_empty(place: Place, mounted: Path) -> None:
+    _, adapter = register_pair(place)
+    registered_file(place, "tiny", "1", "model.safetensors").unlink()
+    with pytest.raises(CorruptedError, match="is missing"):
+        pull(adapter.uri, mounted, tracking_uri=place.uri)
+    assert list(mounted.iterdir()) == []
 
 
 @pytest.mark.parametrize(

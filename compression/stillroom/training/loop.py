@@ -102,7 +102,7 @@ def train(
             adamw(parameters, options),
             _identity(options, fingerprint, rows=len(examples), steps=steps),
             checkpoints,
-            writes=team.rank == 0,
+            team,
         )
         lookups = stack.enter_context(apart_from_the_head(team))
         run = _Run(team, examples, loss, options, state, held_out, lookups)

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stillroom.checkpoint import Checkpoints
-from stillroom.errors import MismatchError
+from stillroom.checkpoint import TRIES, Checkpoints
+from stillroom.errors import MismatchError, PieceGoneError
 from stillroom.training.history import TrainingHistory
-from stillroom.training.team import gathered, like_shares
+from stillroom.training.team import Team, gathered, like_shares
 
 PREFIX = "step-"
 BEST = "best-"
@@ -23,15 +23,15 @@ BEST = "best-"
 class TrainingState:
     """All that changes while the loop runs; random numbers come from (seed, step) instead.
 
-    `identity` is what two runs must share for one to continue the other. Where processes share the
-    parameters out, all of them call these methods, and the one that `writes` keeps the pieces.
+    `identity` is what two runs must share for one to continue the other. Where a team of processes
+    trains, all of them call these methods, and the first keeps the pieces.
     """
 
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     identity: dict[str, Any]
     checkpoints: Checkpoints
-    writes: bool = True
+    team: Team | None = None
 
     def save(self, step: int, history: TrainingHistory) -> None:
         """Keep the state after `step` as the piece step-00000050, then delete what it replaces.
@@ -58,28 +58,57 @@ class TrainingState:
     def resume(self) -> tuple[int, TrainingHistory]:
         """Load the newest checkpoint into parameters and optimizer; return its step and history.
 
-        Without one: step 0 and an empty history.
+        Without one: step 0 and an empty history. One that another run of the same training, at
+        work meanwhile, forgets for a newer one is left for that.
 
         Raises:
             MismatchError: the checkpoint was made by another run.
             CorruptedError: its files have changed.
+            PieceGoneError: each that was tried was forgotten before it was loaded.
         """
+        for _ in range(TRIES):
+            step = self._newest()
+            if step is None:
+                return 0, TrainingHistory()
+            name = f"{PREFIX}{step:08d}"
+            with tempfile.TemporaryDirectory() as temporary:
+                if self._fetched(name, Path(temporary)):
+                    return self._restore(name, Path(temporary))
+        raise PieceGoneError(
+            f"{TRIES} checkpoints were forgotten before they were loaded, the last of step {step}: "
+            "another run of the same training is at work; run again when that has ended"
+        )
+
+    def _newest(self) -> int | None:
+        """Return the step of the newest checkpoint, as the first process of the team sees it."""
         names = [name for name in self.checkpoints.names() if name.startswith(PREFIX)]
-        if not names:
-            return 0, TrainingHistory()
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            self.checkpoints.load(names[-1], folder)
-            state = json.loads((folder / "state.json").read_text())
-            require_same(names[-1], state["identity"], self.identity)
-            tensors = load_file(folder / "parameters.safetensors")
-            self._check_shapes(names[-1], tensors)
-            self._set_parameters(tensors)
-            self._restore_moments(load_file(folder / "optimizer.safetensors"))
+        step = int(names[-1].removeprefix(PREFIX)) if names else -1
+        if self.team is not None:
+            step = int(self.team.first({"step": step})["step"])
+        return None if step < 0 else step
+
+    def _fetched(self, name: str, folder: Path) -> bool:
+        """Load a piece, unless it is gone; return whether the whole team has it."""
+        gone = 0
+        try:
+            self.checkpoints.load(name, folder)
+        except PieceGoneError:
+            gone = 1
+        if self.team is not None:
+            gone = int(self.team.sum({"gone": gone})["gone"])
+        return not gone
+
+    def _restore(self, name: str, folder: Path) -> tuple[int, TrainingHistory]:
+        state = json.loads((folder / "state.json").read_text())
+        require_same(name, state["identity"], self.identity)
+        tensors = load_file(folder / "parameters.safetensors")
+        self._check_shapes(name, tensors)
+        self._set_parameters(tensors)
+        self._restore_moments(load_file(folder / "optimizer.safetensors"))
         return state["step"], TrainingHistory.from_json(state["history"])
 
     def _keep(self, name: str, tensors: dict[str, dict[str, Tensor]], state: Any) -> None:
-        if not self.writes:
+        if not self._writes():
             return
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
@@ -92,10 +121,13 @@ class TrainingState:
             self._forget(PREFIX, before=name)
 
     def _forget(self, prefix: str, *, before: str) -> None:
-        if self.writes:
+        if self._writes():
             for old in self.checkpoints.names():
                 if old.startswith(prefix) and old < before:
                     self.checkpoints.delete(old)
+
+    def _writes(self) -> bool:
+        return self.team is None or self.team.rank == 0
 
     def _whole(self) -> dict[str, Tensor]:
         # Each owns its memory: safetensors refuses views into a shared storage.
