@@ -101,6 +101,7 @@ def _mixed_bits(
         options,
         offers,
         mixed["max_bytes"],
+        skip=tuple(bench.section["skip"]),
         tokens=mixed["measured_tokens"],
         checkpoints=bench.checkpoints,
         progress=bench.progress,

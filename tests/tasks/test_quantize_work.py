@@ -54,6 +54,16 @@ def test_mixed_bits_and_packed_embeddings_are_written(quantize: Any) -> None:
     load_model(output)
 
 
+def test_mixed_bits_leave_skipped_layers_out(quantize: Any) -> None:
+    mixed = {"max_bytes": 10_000, "bits": (2, 4), "measured_tokens": 32}
+    metrics, output = quantize(mixed=mixed, skip=("*mlp*",))
+    assert metrics["quantized_layers"] == 8
+    assert metrics["mixed_size_bytes"] <= 10_000
+    assert all(
+        "mlp" not in each["name"] for each in json.loads((output / "layers.json").read_text())
+    )
+
+
 def test_a_perplexity_beyond_the_bound_fails_and_names_the_worst_layer(quantize: Any) -> None:
     with pytest.raises(StageError, match=r"model\.layers\.\d\..*_proj, .* % of its output"):
         quantize(bits=2, max_perplexity_ratio=1.0001)
