@@ -1,7 +1,9 @@
 """How long a stage will take and how much memory it will need, from the model's shape alone."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 from flows.shape import Shape
 from stillroom.config import Adapter, Data, Recipe
@@ -56,17 +58,14 @@ def estimate(order: Order, recipe: Recipe, teacher: Shape | None) -> Estimate:
             need = _need(flops, teacher.parameters, logits, processes=workers)
         case "tune_teacher" | "distill_student":
             model = teacher if order.stage.name == "tune_teacher" else student
-            tokens = train * float(order.section["training"]["epochs"])
+            tokens = _trained_tokens(order.section["training"], train, data)
             flops = PASSES["train"] * tokens * model.active_parameters
             need = _training(order, flops, 4 * model.parameters, 3 * rows * model.vocabulary)
         case "quantize_model" | "merge_adapter":
             need = _quantizing(order, student, data)
         case "run_trial":
-            training, trial = order.section["training"], order.section["trial"]
-            tokens = train * float(training["epochs"])
-            if training["steps"]:
-                rows_a_step = training["batch_rows"] * training["gradient_accumulation"]
-                tokens = training["steps"] * rows_a_step * data.sequence_length
+            trial = order.section["trial"]
+            tokens = _trained_tokens(order.section["training"], train, data)
             # Signs, permutation and scales of the projection, what it gives and its gradient; or
             # the gradient and the optimizer's moments.
             held = (7 if trial["dimension"] else 4) * teacher.parameters
@@ -74,7 +73,7 @@ def estimate(order: Order, recipe: Recipe, teacher: Shape | None) -> Estimate:
         case "fit_dimension":
             need = _need(0, 0, 0)
         case "train_adapter":
-            tokens = train * float(order.section["training"]["epochs"])
+            tokens = _trained_tokens(order.section["training"], train, data)
             flops = PASSES["train_adapter"] * tokens * student.active_parameters
             need = _training(order, flops, student.parameters, 3 * rows * student.vocabulary)
         case _:
@@ -82,6 +81,14 @@ def estimate(order: Order, recipe: Recipe, teacher: Shape | None) -> Estimate:
             active = teacher.active_parameters + student.active_parameters
             need = _need(PASSES["forward"] * measured * active, both, 2 * rows * teacher.vocabulary)
     return need
+
+
+def _trained_tokens(training: Mapping[str, Any], train: float, data: Data) -> float:
+    """Return how many tokens a training goes through: those of its steps, or of its epochs."""
+    if not training["steps"]:
+        return train * float(training["epochs"])
+    rows_a_step = training["batch_rows"] * training["gradient_accumulation"]
+    return float(training["steps"] * rows_a_step * data.sequence_length)
 
 
 def _need(flops: float, parameters: float, activations: float, *, processes: int = 1) -> Estimate:

@@ -9,7 +9,7 @@ from typing import Any
 from stillroom.data.prepare import load_prepared
 from stillroom.evaluation.figures import ReloadCheck
 from stillroom.models import load_tokenizer
-from stillroom.quantization.accounting import require_perplexity, summarise
+from stillroom.quantization.accounting import original_nats, require_perplexity, summarise
 from stillroom.quantization.formats.export import check_folder, save_quantized
 from stillroom.quantization.formats.gguf_export import export_gguf, require_gguf
 from stillroom.quantization.options import QuantizationOptions
@@ -57,6 +57,9 @@ def _with_stillroom(bench: Bench, rows: Any, options: QuantizationOptions) -> Do
     if section["mixed"]:
         layer_options, metrics = _mixed_bits(bench, rows, options)
     model, blocks = bench.open_streamed(base)
+    bound, original = section["max_perplexity_ratio"], None
+    if bound and bench.task == "causal_lm":
+        original = original_nats(model, blocks, rows, options)
     result = quantize_model(
         model,
         rows,
@@ -67,9 +70,8 @@ def _with_stillroom(bench: Bench, rows: Any, options: QuantizationOptions) -> Do
         checkpoints=bench.checkpoints,
         progress=bench.progress,
     )
-    if section["max_perplexity_ratio"] and bench.task == "causal_lm":
-        bound = section["max_perplexity_ratio"]
-        metrics["calibration_perplexity_ratio"] = require_perplexity(model, blocks, result, bound)
+    if original is not None:
+        metrics["calibration_perplexity_ratio"] = require_perplexity(result, original, bound)
     save_quantized(model, load_tokenizer(base), result, bench.output, blocks=blocks)
     reload = check_folder(bench.output, result, bench.task, section["device"])
     return result.accounts, reload, metrics
@@ -101,6 +103,7 @@ def _mixed_bits(
         options,
         offers,
         mixed["max_bytes"],
+        skip=tuple(bench.section["skip"]),
         tokens=mixed["measured_tokens"],
         checkpoints=bench.checkpoints,
         progress=bench.progress,

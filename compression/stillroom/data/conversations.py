@@ -16,7 +16,7 @@ def encode_conversation(document: Document, tokenizer: Any) -> Encoded:
     The template is rendered up to each assistant turn and after it; what lies between is the turn,
     with the mark that ends it. An assistant turn that opens the conversation is context, and a
     token that reaches over the edge of a turn has no loss. The end-of-text token follows unless
-    the last turn holds it already.
+    the last of them holds it already; it is learned only where the assistant spoke last.
 
     Raises:
         DataError: there is no template, it refuses the conversation, it rewrites earlier turns
@@ -41,7 +41,8 @@ def encode_conversation(document: Document, tokenizer: Any) -> Encoded:
     ]
     if tokenizer.eos_token_id not in last_turn:
         ids.append(tokenizer.eos_token_id)
-        labels.append(tokenizer.eos_token_id)
+        answered = document.messages[-1]["role"] == "assistant"
+        labels.append(tokenizer.eos_token_id if answered else NO_LOSS)
     return ids, labels
 
 

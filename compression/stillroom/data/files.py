@@ -237,7 +237,8 @@ def _document(row: Mapping[str, Any], columns: Columns, name: str, i: int) -> Do
         if column not in row:
             raise DataError(_missing(column, list(row), f"{name}, row {i}"))
     label = None if columns.label is None else _label(row[columns.label], columns.label, name, i)
-    family = "" if columns.family is None else str(row[columns.family])
+    value = None if columns.family is None else row[columns.family]
+    family = "" if value is None else str(value)
     where = f"{name}#{i}"
     if columns.messages is not None:
         messages = _messages(row[columns.messages], columns.messages, where)

@@ -188,8 +188,15 @@ class TeacherCache:
             each = self._tensor("tail_mass", rows).float() / self.facts.draws
             ids.append(drawn)
             probabilities.append(each.unsqueeze(-1).expand(drawn.shape))
-        entropy = self._tensor("entropy", rows).float()
-        return SoftTargets(torch.cat(ids, -1), torch.cat(probabilities, -1), entropy)
+        masses = torch.cat(probabilities, -1)
+        # Drawn targets stand for the whole distribution, the top k for themselves alone.
+        alone = self.facts.kind == "top_k"
+        entropy = torch.special.entr(masses).sum(-1) if alone else self.entropy(rows)
+        return SoftTargets(torch.cat(ids, -1), masses, entropy)
+
+    def entropy(self, rows: Tensor) -> Tensor:
+        """Return the entropy (batch, length) of the teacher's whole distributions, in nats."""
+        return self._tensor("entropy", rows).float()
 
     def hidden(self, rows: Tensor) -> Tensor:
         """Return the teacher's last hidden states (batch, length, hidden) float32 of some rows.

@@ -155,7 +155,8 @@ def _figures(cache: TeacherCache, rows: Tensor) -> Tensor:
     match targets:
         case DenseTargets(logits):
             return _dense_figures(logits.flatten(0, -2), cache.facts)
-        case SoftTargets(ids, probabilities, entropy):
+        case SoftTargets(ids, probabilities):
+            entropy = cache.entropy(rows)
             real = probabilities.sum(-1) > 0  # padding holds zeros
             kept, words = probabilities[real], ids[real]  # (positions, K + M)
             head = kept[:, : cache.facts.head].sum(-1)

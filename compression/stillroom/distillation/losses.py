@@ -25,7 +25,8 @@ class SoftTargets:
 
     `ids` and `probabilities` are (rows, length, k), int64 and float32; a word may stand there more
     than once, its probabilities then add up; an unused entry has probability 0. `entropy` (rows,
-    length) float32 is that of the whole distribution, in nats.
+    length) float32, in nats, is that of the distribution they stand for: drawn ones for the whole,
+    top-k ones for themselves.
     """
 
     ids: Tensor
@@ -74,7 +75,8 @@ def soft_kl(
 ) -> Tensor:
     """Return T² times the mean KL(teacher ‖ student): the soft cross-entropy less the entropy.
 
-    With drawn targets it is unbiased too, and may fall below zero on a single batch.
+    With drawn targets it is unbiased too, and may fall below zero on a single batch. From top-k
+    targets it is the divergence of these: a student like the teacher has −log of the kept mass.
     """
     entropy = temperature**2 * _mean(targets.entropy, labels != IGNORED)
     return soft_cross_entropy(logits, targets, labels, temperature) - entropy

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from stillroom.errors import StageError
-from stillroom.quantization.capture import Rows
-from stillroom.quantization.sequential import QuantizationResult
+from stillroom.quantization.capture import CalibrationRows, Rows
+from stillroom.quantization.options import QuantizationOptions
+from stillroom.quantization.sequential import QuantizationResult, compared_rows
 from stillroom.quantization.streaming import streamed_logits
 from stillroom.quantization.weight import LayerAccount
 from stillroom.streamed import Blocks
@@ -37,15 +38,30 @@ def summarise(accounts: Sequence[LayerAccount]) -> dict[str, float]:
     return figures
 
 
-def require_perplexity(
-    model: Any, blocks: Blocks, result: QuantizationResult, max_ratio: float
+def original_nats(
+    model: Any, blocks: Blocks, calibration: CalibrationRows, options: QuantizationOptions
 ) -> float:
+    """Return a language model's negative log-likelihood on some calibration rows, nats a token.
+
+    To be called before `quantize_model`, which rounds embeddings in place. The model no longer
+    drops out afterwards; of its blocks one at a time is in memory.
+
+    Raises:
+        DataError: there are no calibration rows.
+    """
+    model.train(False)
+    rows = compared_rows(model, calibration, options)
+    return _nats(streamed_logits(model, blocks, rows), rows)
+
+
+def require_perplexity(result: QuantizationResult, original: float, max_ratio: float) -> float:
     """Return the perplexity on some calibration rows over that of the original language model.
+
+    `original` is what `original_nats` gave for it.
 
     Raises:
         StageError: it is above `max_ratio`, or no number; the message names the worst layer.
     """
-    original = _nats(streamed_logits(model, blocks, result.rows), result.rows)
     ratio = math.exp(min(_nats(result.logits, result.rows) - original, 700.0))
     if not ratio <= max_ratio:
         worst = max(result.accounts, key=_error)

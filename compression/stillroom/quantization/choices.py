@@ -35,15 +35,33 @@ class Choices:
         Raises:
             RecipeError: a layer does not fit, or a pattern fits none.
         """
-        names: list[str] = []
-        for stack, blocks in stacks.items():
-            for index, block in enumerate(blocks):
-                prefix = f"{stack}.{index}"
-                names += [f"{prefix}.{name}" for name in find_weights(block)]
-                for name, weight in self.weights(prefix, block).items():
-                    check_fits(self.of(name), *weight.shape, name)
-                    if self.of(name).method == "obq":
-                        refuse_large(*weight.shape)
+        skipped, chosen = self.skipped(stacks), self.chosen(stacks)
+        for name, weight in chosen.items():
+            check_fits(self.of(name), *weight.shape, name)
+            if self.of(name).method == "obq":
+                refuse_large(*weight.shape)
+        unknown = sorted(self.layer_options.keys() - {*chosen, *skipped})
+        if unknown:
+            first = next(iter(chosen))
+            raise RecipeError(f"there is no layer {unknown[0]}; the first layer is {first}")
+        return skipped
+
+    def chosen(self, stacks: Mapping[str, nn.ModuleList]) -> dict[str, LinearWeight]:
+        """Return the weights of all blocks that are to be quantized, by full name."""
+        return {
+            name: weight
+            for stack, blocks in stacks.items()
+            for index, block in enumerate(blocks)
+            for name, weight in self.weights(f"{stack}.{index}", block).items()
+        }
+
+    def skipped(self, stacks: Mapping[str, nn.ModuleList]) -> tuple[str, ...]:
+        """Return the names of the layers that are left out.
+
+        Raises:
+            RecipeError: a pattern fits none, or they fit all.
+        """
+        names = list(Choices(self.options, {}, ()).chosen(stacks))
         skipped = tuple(name for name in names if self._skips(name))
         idle = [each for each in self.skip if not any(fnmatch(name, each) for name in names)]
         if idle or len(skipped) == len(names):
@@ -51,9 +69,6 @@ class Choices:
                 f"skip must fit some of the layers, not all and not none: "
                 f"{', '.join(idle or self.skip)}; the first layer is {names[0]}"
             )
-        unknown = sorted(self.layer_options.keys() - set(names))
-        if unknown:
-            raise RecipeError(f"there is no layer {unknown[0]}; the first layer is {names[0]}")
         return skipped
 
     def settings(self) -> object:

@@ -130,13 +130,25 @@ def watch_inputs(
 ) -> None:
     """Let every batch go through a block, and keep on disk what the watched weights get.
 
-    Weights that are called more than once, or with other tokens than all (experts), are left out.
+    Weights that a batch calls more than once are left out of it, as it would not be known which
+    call is whose; those called with other tokens than all (experts) are left out altogether.
     """
     chosen = {name: weights[name] for name in watched if weights[name].expert is None}
     for b, rows in enumerate(stream.batches):
+        called: set[str] = set()
 
-        def keep(name: str, value: Tensor, b: int = b, mask: Tensor = rows.mask) -> None:
-            kept.write(f"{name}-{b}", _tokens(value, mask))
+        def keep(
+            name: str,
+            value: Tensor,
+            b: int = b,
+            mask: Tensor = rows.mask,
+            called: set[str] = called,
+        ) -> None:
+            if name in called:
+                kept.drop(f"{name}-{b}")
+            else:
+                kept.write(f"{name}-{b}", _tokens(value, mask))
+            called.add(name)
 
         with Watch(chosen, keep):
             output = stream.run(place, b)

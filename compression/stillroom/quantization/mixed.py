@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stillroom.blocks import LinearWeight, find_stacks, find_weights
+from stillroom.blocks import find_stacks
 from stillroom.checkpoint import Checkpoints, NoCheckpoints
 from stillroom.errors import MismatchError
 from stillroom.progress import Progress, silent
@@ -24,6 +24,7 @@ from stillroom.quantization.allocation import (
     repair,
 )
 from stillroom.quantization.capture import CalibrationRows
+from stillroom.quantization.choices import Choices
 from stillroom.quantization.divergence import kl_measure
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.pieces import work_fingerprint
@@ -35,13 +36,14 @@ COSTS = "costs.json"
 
 
 @torch.no_grad()
-def choose_bits(
+def choose_bits(  # noqa: PLR0913
     model: Any,
     rows: CalibrationRows,
     options: QuantizationOptions,
     offers: Sequence[LayerChoice],
     max_bytes: int,
     *,
+    skip: tuple[str, ...] = (),
     tokens: int = 256,
     checkpoints: Checkpoints | None = None,
     progress: Progress = silent,
@@ -50,27 +52,26 @@ def choose_bits(
 
     Each choice is measured as the KL divergence of the outputs with only these layers rounded;
     the knapsack takes the best sum within `max_bytes`, and swaps judged on all layers together
-    mend what the sum did not foresee. Layers with the same input get the same choice. The whole
-    model is in memory, and is as before afterwards. What was measured of each layer is kept in
+    mend what the sum did not foresee. Layers with the same input get the same choice. Those whose
+    dotted name fits a pattern in `skip` get none, and take nothing of the budget. The whole model
+    is in memory, and is as before afterwards. What was measured of each layer is kept in
     `checkpoints`; a later call with the same arguments continues behind it.
 
     Raises:
         MismatchError: the checkpoints were made with other options or other rows.
-        RecipeError: the budget is below the smallest possible, or no offer fits a layer.
+        RecipeError: the budget is below the smallest possible, no offer fits a layer, or `skip`
+            fits none or all of them.
         DataError: there are no rows.
     """
-    weights: dict[str, LinearWeight] = {
-        f"{stack}.{index}.{name}": weight
-        for stack, blocks in find_stacks(model).items()
-        for index, block in enumerate(blocks)
-        for name, weight in find_weights(block).items()
-    }
+    layers, stacks = Choices(options, {}, skip), find_stacks(model)
+    layers.skipped(stacks)
+    weights = layers.chosen(stacks)
     probe = slice(0, PROBE_TOKENS)
     groups = tied_layers(
         model, list(weights), rows.input_ids[:1, probe], rows.attention_mask[:1, probe]
     )
     measure, quantize = kl_measure(model, rows, tokens=tokens), rounding(options)
-    asked = [asdict(options), [asdict(offer) for offer in offers], tokens]
+    asked = [asdict(options), [asdict(offer) for offer in offers], tokens, list(skip)]
     kept = _KeptCosts(
         checkpoints or NoCheckpoints(),
         work_fingerprint(asked, rows.input_ids, rows.attention_mask),

@@ -106,6 +106,12 @@ def quantize_model(
     return QuantizationResult(pieces, skipped, tuple(stacks), options, rows, logits, embeddings)
 
 
+def compared_rows(model: Any, calibration: CalibrationRows, options: QuantizationOptions) -> Rows:
+    """Return the calibration rows that `quantize_model` computes the result's logits on."""
+    batches, _ = _batches(model, calibration, options)
+    return rows_to_check(model, batches[0])
+
+
 def _passing_checkpoints() -> Checkpoints:
     """Return checkpoints in a folder that goes when nobody needs them any more."""
     folder = mkdtemp()

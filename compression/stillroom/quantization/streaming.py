@@ -42,6 +42,10 @@ class Activations:
         """Return whether anything was kept under `name`."""
         return self._path(name).exists()
 
+    def drop(self, name: str | int) -> None:
+        """Delete what was kept under `name`, if anything."""
+        self._path(name).unlink(missing_ok=True)
+
     def delete(self) -> None:
         """Delete the folder and all that was kept."""
         shutil.rmtree(self.folder)

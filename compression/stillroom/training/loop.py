@@ -150,7 +150,6 @@ class _Run:
                 self.state.save(step, history)
             progress(step, steps, "steps", f"loss {history.loss[-1]:.4f}")
         if history.best_step not in (0, history.steps[-1]):
-            self.team.wait()  # until the process that writes has written it
             self.state.take_best(history.best_step)
         return history
 

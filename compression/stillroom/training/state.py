@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stillroom.checkpoint import TRIES, Checkpoints
 from stillroom.errors import MismatchError, PieceGoneError
 from stillroom.training.history import TrainingHistory
-from stillroom.training.team import Team, gathered, like_shares
+from stillroom.training.team import Team, gathered, like_shares, of_first
 
 PREFIX = "step-"
 BEST = "best-"
@@ -49,11 +49,16 @@ class TrainingState:
         self._keep(f"{BEST}{step:08d}", {"parameters": self._whole()}, None)
 
     def take_best(self, step: int) -> None:
-        """Load the parameters that `save_best` kept after `step`."""
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            self.checkpoints.load(f"{BEST}{step:08d}", folder)
-            self._set_parameters(load_file(folder / "parameters.safetensors"))
+        """Load the parameters that `save_best` kept after `step`; who wrote them reads for all."""
+        tensors = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in self.parameters.items()}
+        if self._writes():
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = Path(temporary)
+                self.checkpoints.load(f"{BEST}{step:08d}", folder)
+                tensors = load_file(folder / "parameters.safetensors")
+        self._set_parameters(
+            {name: of_first(tensors[name].to(p.device)) for name, p in self.parameters.items()}
+        )
 
     def resume(self) -> tuple[int, TrainingHistory]:
         """Load the newest checkpoint into parameters and optimizer; return its step and history.

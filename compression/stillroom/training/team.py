@@ -50,11 +50,6 @@ class Team:
         """Return what the first process gave, so that all decide alike."""
         return self._exchanged(figures, lambda values: distributed.broadcast(values, 0))
 
-    def wait(self) -> None:
-        """Go on when every process has come here."""
-        if self.size > 1:
-            distributed.barrier()
-
     def _exchanged(self, figures: dict[str, float], exchange: Any) -> dict[str, float]:
         if self.size == 1 or not figures:
             return figures
@@ -97,6 +92,13 @@ def gathered(value: Tensor) -> Tensor:
     return whole.detach().clone()
 
 
+def of_first(value: Tensor) -> Tensor:
+    """Return what the first process gives; the others give a tensor of its shape to write to."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.broadcast(value, 0)
+    return value
+
+
 def like_shares(value: Tensor, shares: Tensor) -> Tensor:
     """Return a whole tensor on the device, and shared out in the way, of `shares`."""
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -130,7 +132,7 @@ def _leave() -> None:
 @contextmanager
 def _shared_out(model: nn.Module, device: torch.device, size: int) -> Iterator[nn.Module]:
     """Yield a twin whose parameters are shared out; the model's own are empty meanwhile."""
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
     from stillroom.blocks import find_stacks
 
@@ -147,6 +149,11 @@ def _shared_out(model: nn.Module, device: torch.device, size: int) -> Iterator[n
     try:
         yield twin
     finally:
+        # A forward pass without a backward one leaves the root gathered: a copy, older than the
+        # shares where these were set since.
+        for module in twin.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         shares = dict(twin.named_parameters())
         for name, value in model.named_parameters():
             value.data = gathered(shares[name])

@@ -105,6 +105,19 @@ def test_tables_give_the_same_documents(tmp_path: Path) -> None:
     assert plain[2] == plain[0]
 
 
+def test_a_null_family_is_none(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = [{"text": str(i), "who": who} for i, who in enumerate([None, None, "a", "a"])]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    for ending in ("jsonl", "parquet"):
+        documents = read_documents(tmp_path / f"t.{ending}", family_column="who")
+        assert [document.family for document in documents] == ["", "", "a", "a"]
+        assert len({document.group for document in documents}) == 3
+
+
 def test_a_tsv_has_tabs_and_plain_quotes(tmp_path: Path) -> None:
     (tmp_path / "dev.tsv").write_text('sentence\tlabel\n"so what , he said\t1\n')
     documents = read_documents(tmp_path / "dev.tsv", text_column="sentence", label_column="label")

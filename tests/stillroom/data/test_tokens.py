@@ -119,6 +119,16 @@ def test_a_turn_that_ends_the_text_is_not_ended_twice() -> None:
     assert examples.labels[0][-2:].tolist() == [*ids_of("b"), 2]
 
 
+@pytest.mark.parametrize("last", ["user", "tool"])
+def test_the_end_behind_a_turn_of_others_is_not_learned(last: str) -> None:
+    document = chat(("user", "a"), ("assistant", "b"), (last, "c"))
+    examples = tokenise_causal(
+        [document], chat_tokenizer(), 50, pack=False, tokenizer_hash="h"
+    ).examples
+    assert examples.input_ids[0][-1] == 2
+    assert examples.labels[examples.labels != NO_LOSS].tolist() == ids_of("b]")
+
+
 def test_a_greeting_is_context() -> None:
     document = chat(("assistant", "hello"), ("user", "a"), ("assistant", "b"))
     examples = tokenise_causal(

@@ -80,6 +80,7 @@ def test_sampled_targets_show_no_bias_and_top_k_shows_its_own(tmp_path):
     assert own.audit.likely_bias == pytest.approx(left, rel=1e-3)
     assert own.audit.calibration_error == pytest.approx(top.calibration_error, rel=1e-2)
     assert own.tail_mass == 0
+    assert own.entropy_nats == pytest.approx(found.entropy_nats, rel=1e-4)  # the teacher's
 
 
 def test_dense_and_classification_caches_are_measured(tmp_path):

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from stillroom.checkpoint import FolderCheckpoints, sha256_of
 from stillroom.distillation import elias_fano
 from stillroom.distillation.cache_files import sparse_bytes
-from stillroom.distillation.losses import DenseTargets
+from stillroom.distillation.losses import DenseTargets, soft_kl
 from stillroom.distillation.teacher_cache import CacheOptions, TeacherCache, capture
 from stillroom.errors import (
     CorruptedError,
@@ -162,6 +162,19 @@ def test_mean_of_top_k_is_not_the_teachers_distribution(tmp_path):
     p = teacher_distribution(examples, 1.5)
     gap = SEEDS * (dense(cache.targets(torch.arange(1)))[0] - p[0]).abs()
     assert (gap / bound_of_sums(p[0], drawn)).max() > 3
+
+
+def test_divergence_from_top_k_is_zero_for_its_targets_and_never_less(tmp_path):
+    examples, rows = token_rows(4), torch.arange(4)
+    cache = captured(tmp_path, replace(OPTIONS, kind="top_k", head=12, draws=0), examples)
+    targets, labels = cache.targets(rows), torch.zeros(4, 12, dtype=torch.long)
+    p = teacher_distribution(examples)
+    exact = (dense(targets) + 1e-30).log()
+    assert soft_kl(exact, targets, labels).item() == pytest.approx(0, abs=1e-5)
+    lost = -p.topk(12).values.sum(-1).log().mean().item()
+    assert lost > 0.1
+    # Probabilities in float16 sum to 1 within 2^-11.
+    assert soft_kl(p.log(), targets, labels).item() == pytest.approx(lost, abs=2e-3)
 
 
 def test_top_k_is_biased_and_sampling_is_not(tmp_path):

@@ -92,3 +92,35 @@ def test_a_budget_below_the_smallest_names_the_smallest(sizes):
 def test_a_budget_above_the_largest_gives_the_largest(sizes):
     layers, _ = choose_bits(tiny_llama(hidden=64), rows(), OPTIONS, OFFERS, 10 * sizes[8])
     assert {options.bits for options in layers.values()} == {8}
+
+
+def test_skipped_layers_take_nothing_of_the_budget():
+    skip = ("*mlp*",)
+    four = quantize_model(tiny_llama(hidden=64), rows(), OPTIONS, skip=skip)
+    layers, found = choose_bits(
+        tiny_llama(hidden=64), rows(), OPTIONS, OFFERS, _bytes(four), skip=skip
+    )
+    assert layers.keys() == four.layers.keys()
+    mixed = quantize_model(tiny_llama(hidden=64), rows(), OPTIONS, layer_options=layers, skip=skip)
+    assert _bytes(mixed) == found.allocation.size_bytes <= _bytes(four)
+
+
+def test_a_layer_that_no_offer_fits_may_be_skipped(tmp_path):
+    odd = tiny_llama(hidden=64)
+    odd.model.layers[1].mlp.down_proj = torch.nn.Linear(100, 64, bias=False)
+    odd.model.layers[1].mlp.gate_proj = torch.nn.Linear(64, 100, bias=False)
+    odd.model.layers[1].mlp.up_proj = torch.nn.Linear(64, 100, bias=False)
+    kept, budget = FolderCheckpoints(tmp_path), 10**6
+    with pytest.raises(RecipeError):
+        choose_bits(odd, rows(), OPTIONS, OFFERS, budget)
+    layers, _ = choose_bits(
+        odd, rows(), OPTIONS, OFFERS, budget, skip=("*1.mlp*",), checkpoints=kept
+    )
+    assert len(layers) == 11
+    with pytest.raises(MismatchError, match="costs-"):
+        choose_bits(odd, rows(), OPTIONS, OFFERS, budget, skip=("*.mlp.*",), checkpoints=kept)
+
+
+def test_a_skip_that_fits_nothing_is_refused():
+    with pytest.raises(RecipeError, match=r"skip must fit some .*\*\.attention"):
+        choose_bits(tiny_llama(hidden=64), rows(), OPTIONS, OFFERS, 10**6, skip=("*.attention",))

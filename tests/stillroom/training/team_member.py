@@ -1,4 +1,7 @@
-"""One process of a team that trains: `team_member FOLDER KIND PARALLEL [STOP_AT | nan]`."""
+"""One process of a team that trains: `team_member FOLDER KIND PARALLEL [FURTHER]`.
+
+FURTHER is a step to stop at, or nan, or patient.
+"""
 
 import json
 import math
@@ -30,6 +33,11 @@ OPTIONS = TrainingOptions(
     checkpoint_every_steps=2,
     seed=5,
 )
+# On OTHERS it gets better until it knows which words there are, then worse.
+PATIENT = replace(
+    OPTIONS, steps=30, learning_rate=2e-2, evaluate_every_steps=1, early_stopping_patience=2
+)
+FEW_WORDS, OTHERS = token_rows(8, vocab=12), token_rows(8, vocab=12, seed=1)
 EXAMPLES = {
     "llama": token_rows(8, padding=7),  # uneven padding: batches do not weigh the same
     "lora": token_rows(8, padding=7),
@@ -73,14 +81,18 @@ def main(folder: Path, kind: str, parallel: Any, further: str = "") -> None:
     try:
         if further == "nan":
             train(student, EXAMPLES[kind], bad, options)
-        history = fine_tune(
-            student,
-            EXAMPLES[kind],
-            options,
-            evaluation=EXAMPLES[kind],
-            checkpoints=FolderCheckpoints(folder / "checkpoints"),
-            progress=progress,
-        )
+        if further == "patient":
+            patient = replace(PATIENT, parallel=parallel)
+            history = fine_tune(student, FEW_WORDS, patient, evaluation=OTHERS)
+        else:
+            history = fine_tune(
+                student,
+                EXAMPLES[kind],
+                options,
+                evaluation=EXAMPLES[kind],
+                checkpoints=FolderCheckpoints(folder / "checkpoints"),
+                progress=progress,
+            )
         left = json.loads(history.to_json())
         left.pop("tokens_per_second")
     except NotFiniteError as error:

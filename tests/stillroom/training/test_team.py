@@ -15,7 +15,14 @@ from safetensors.torch import load_file
 from stillroom.checkpoint import FolderCheckpoints
 from stillroom.errors import RecipeError
 from stillroom.fine_tuning import fine_tune
-from tests.stillroom.training.team_member import EXAMPLES, OPTIONS, model
+from tests.stillroom.training.team_member import (
+    EXAMPLES,
+    FEW_WORDS,
+    OPTIONS,
+    OTHERS,
+    PATIENT,
+    model,
+)
 
 MEMBER = [sys.executable, "-W", "ignore", "-m", "tests.stillroom.training.team_member"]
 
@@ -99,6 +106,21 @@ def test_a_team_goes_on_where_one_process_stopped(tmp_path: Path, parallel: str)
             torch.testing.assert_close(
                 found[name].detach(), expected.detach(), rtol=2e-3, atol=2e-4
             )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_team_without_checkpoints_keeps_the_best(tmp_path: Path, parallel: str) -> None:
+    alone = model("llama")
+    history = fine_tune(alone, FEW_WORDS, PATIENT, evaluation=OTHERS)
+    assert 1 < history.best_step < len(history.steps) < PATIENT.steps
+    first, second = run_team(tmp_path, "llama", parallel, "patient")
+    assert first == second
+    assert first["best_step"] == history.best_step
+    one, other = parameters(tmp_path, 0), parameters(tmp_path, 1)
+    for name, expected in alone.named_parameters():
+        assert torch.equal(one[name], other[name])
+        torch.testing.assert_close(one[name], expected.detach(), rtol=2e-3, atol=2e-4)
 
 
 @pytest.mark.slow

@@ -1,0 +1,51 @@
+"""What --plan says that a stage takes, against what the recipe asks for."""
+
+from typing import Any
+
+import pytest
+
+from flows.estimate import START_SECONDS, Estimate, estimate
+from flows.shape import Shape
+from stillroom.config import validate
+from tasks.stages import (
+    DISTILL_STUDENT,
+    RUN_TRIAL,
+    TRAIN_ADAPTER,
+    TUNE_TEACHER,
+    Order,
+    Stage,
+)
+
+SHAPE = Shape(30, 576, 1536, 9, 3, 64, True, 49152, 1)
+
+
+def planned(stage: Stage, **training: Any) -> Estimate:
+    recipe = validate(
+        {
+            "name": "planned",
+            "teacher": {"source": "elsewhere"},
+            "data": {
+                "train": {"source": "text.jsonl"},
+                "sequence_length": 100,
+                "max_train_tokens": 2_000_000,
+            },
+            "distillation": {"student": {"layers": 15}, "training": training},
+        },
+        "test",
+    )
+    assert recipe.distillation
+    trained = recipe.distillation.training.model_dump(mode="json")
+    section = {"training": trained, "trial": {"dimension": 0}}
+    return estimate(Order(title="train", stage=stage, section=section, seed=0), recipe, SHAPE)
+
+
+@pytest.mark.parametrize(
+    "stage", [TUNE_TEACHER, DISTILL_STUDENT, TRAIN_ADAPTER, RUN_TRIAL], ids=lambda each: each.name
+)
+def test_a_training_takes_as_long_as_its_steps_or_its_epochs(stage: Stage) -> None:
+    whole = planned(stage, epochs=1)
+    # 5 rows of 100 tokens, twice a step, are a fifth of the tokens after 400 steps.
+    some = planned(stage, epochs=1, steps=400, batch_rows=5, gradient_accumulation=2)
+    twice = planned(stage, epochs=2)
+    assert some.seconds - START_SECONDS == pytest.approx((whole.seconds - START_SECONDS) / 5)
+    assert twice.seconds - START_SECONDS == pytest.approx((whole.seconds - START_SECONDS) * 2)
