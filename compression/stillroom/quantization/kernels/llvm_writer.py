@@ -12,7 +12,7 @@ F16, F32 = ir.HalfType(), ir.FloatType()
 POINTER, VOID = ir.PointerType(), ir.VoidType()
 LINE_BYTES = 64
 """Of the cache. Where all on the stack begins with a line, no vector that is spilled lies in two:
-otherwise some products take 1.4 times as long in threads whose stack begins elsewhere."""
+otherwise some products take longer in threads whose stack begins elsewhere."""
 _BYTES = {I8: 1, F16: 2, I32: 4, F32: 4, I64: 8, POINTER: 8}
 
 
