@@ -179,7 +179,7 @@ def typed() -> Iterator[None]:
     Raises:
         ServiceUnreachableError: Prefect's server does not answer.
     """
-    from httpx import HTTPError
+    from httpx import TransportError
     from prefect import tags
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
@@ -191,7 +191,7 @@ def typed() -> Iterator[None]:
     try:
         with logging_in(), tags("stillroom"), alone:
             yield
-    except (HTTPError, RuntimeError) as error:
+    except (TransportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith(UNREACHED):
             raise
         raise ServiceUnreachableError(

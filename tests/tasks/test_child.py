@@ -12,6 +12,7 @@ from tasks import child
 from tasks.stages import IMPORT_MODEL, Order
 from tasks.store.store import open_store
 from tasks.work.bench import Bench
+from tests.tasks.store.making import add
 
 ORDER = Order(title="import teacher", stage=IMPORT_MODEL, section={}, seed=0, sources={})
 
@@ -31,15 +32,7 @@ def test_a_slower_run_takes_what_the_faster_made(
 
     def overtaken(bench: Bench) -> None:
         (bench.output / "model").write_text("the faster run's")
-        store.add(
-            bench.output,
-            kind=ORDER.kind,
-            key=ORDER.key,
-            inputs={},
-            section={},
-            versions={},
-            stage_version=1,
-        )
+        add(store, bench.output, key=ORDER.key)
         missing_piece(bench)
 
     monkeypatch.setitem(sys.modules, IMPORT_MODEL.work, SimpleNamespace(work=overtaken))
