@@ -191,11 +191,11 @@ def explained_disk(what: str) -> Iterator[None]:
 def _files_below(folder: Path) -> Iterator[Path]:
     """Yield what is no folder below `folder`; a folder that is removed meanwhile has nothing."""
 
-    def gone_or_closed(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+    def unless_gone(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise error
 
-    for parent, _, names in os.walk(folder, onerror=gone_or_closed):
+    for parent, _, names in os.walk(folder, onerror=unless_gone):
         yield from (Path(parent, name) for name in names)
 
 

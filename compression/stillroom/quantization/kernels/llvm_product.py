@@ -75,14 +75,18 @@ class Shape:
         """Whether sums are integers: where that is faster, and there are registers for them."""
         if self.byte_products == 2 and (self.bits > MOST_BITS_IN_PAIRS or self.tokens > 2):
             return False
-        return self.byte_products > 0 and self.registers - 6 >= self._integers
+        return self.byte_products > 0 and self._vectors_of(self._integers) > 0
 
     @property
     def vectors(self) -> int:
         """Vectors of outputs in the widest tile: as many as leave no running sum on the stack."""
         sums = self._integers if self.in_integers else self.tokens
+        return max(1, min(4, self._vectors_of(sums)))
+
+    def _vectors_of(self, sums: int) -> int:
+        """Return for how many vectors of so many running sums there are registers."""
         needed = sums + self.rows + 1  # and an unpacked value
-        return max(1, min(4, (self.registers - 4) // needed))  # 4: masks and inputs
+        return (self.registers - 4) // needed  # 4: masks and inputs
 
     @property
     def _integers(self) -> int:
