@@ -4,6 +4,7 @@ The weights are not copied: they are uploaded from where they lie, beside what i
 """
 
 import importlib.metadata
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from stillroom.serving_options import DEFAULT_CONFIG
 
 REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "llvmlite", "numpy", "pandas")
 EXAMPLE_TEXT = "Once upon a time"
+
+# MLflow runs a model's code with a stand-in in sys.modules, takes the model from a global, and puts
+# both back: of two threads at once one finds the other's, and the stand-in stays for good.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def write_package(folder: Path, contents: Contents, model: Any, run_id: str) -> None:
@@ -40,16 +45,18 @@ def write_package(folder: Path, contents: Contents, model: Any, run_id: str) -> 
         run_id=run_id,
         model_id=model.model_id,
     )
-    mlflow.pyfunc.save_model(
-        folder,
-        mlflow_model=description,
-        python_model=code,
-        code_paths=[str(Path(stillroom.__file__).parent)],
-        model_config=DEFAULT_CONFIG,
-        signature=_signature(contents.task),
-        input_example=[f"{EXAMPLE_TEXT} {MASK}" if contents.task == "masked_lm" else EXAMPLE_TEXT],
-        pip_requirements=requirements(),
-    )
+    example = f"{EXAMPLE_TEXT} {MASK}" if contents.task == "masked_lm" else EXAMPLE_TEXT
+    with _ONE_AT_A_TIME:
+        mlflow.pyfunc.save_model(
+            folder,
+            mlflow_model=description,
+            python_model=code,
+            code_paths=[str(Path(stillroom.__file__).parent)],
+            model_config=DEFAULT_CONFIG,
+            signature=_signature(contents.task),
+            input_example=[example],
+            pip_requirements=requirements(),
+        )
     (folder / "artifacts").mkdir()
     (folder / "artifacts" / LISTING).write_text(contents.to_json())
     # What `save_model(artifacts=…)` writes, without its copy of the weights.
