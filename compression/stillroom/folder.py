@@ -1,24 +1,77 @@
-"""Fill a folder of the user's with what was made aside: whole, or not at all."""
+"""Write a folder or a file of the user's aside first, so that it comes whole, or not at all."""
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from stillroom.errors import StoreError
 
+WHOLE = "whole"
+
 _MOUNTS = Path("/proc/self/mountinfo")
 _ESCAPED = str.maketrans({char: f"\\{ord(char):03o}" for char in " \t\n\\"})
 
 
-def new_or_empty(folder: Path) -> Path:
-    """Return where `folder` really lies, links followed.
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to work in, of which `WHOLE` is what `folder` becomes at the end.
+
+    It lies on the file system of `folder`. Nobody else's folder is touched, whatever its name, and
+    of a failure nothing is left.
+
+    Args:
+        folder: must not exist, or be empty; it may be a mount, or a link to a folder.
 
     Raises:
-        StoreError: it is a file, or holds something.
+        StoreError: it is a file, holds something, or cannot be written to.
     """
+    with _explained(folder):
+        target = _new_or_empty(folder)
+    inside = target.is_dir() and _must_stay(target)
+    place = target if inside else target.parent
+    with _explained(target):
+        place.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=place))
+    try:
+        yield scratch
+        with _explained(target):
+            if inside:
+                _move_out(scratch / WHOLE, target)
+            else:
+                (scratch / WHOLE).replace(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Give the name of a file to write, which takes the place of `file` at the end.
+
+    It lies on the file system of `file`, whose folder is made where it is absent. Nobody else's
+    file is touched, whatever its name, and of a failure nothing is left.
+
+    Raises:
+        StoreError: the place cannot be written to, or is a folder.
+    """
+    fresh = not file.parent.exists()
+    with _explained(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{file.name}.", dir=file.parent))
+    try:
+        yield scratch / file.name
+        with _explained(file):
+            (scratch / file.name).replace(file)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if fresh and not any(file.parent.iterdir()):
+            file.parent.rmdir()
+
+
+def _new_or_empty(folder: Path) -> Path:
+    """Return where `folder` really lies, links followed."""
     target = folder.expanduser().resolve()
     held = [path.name for path in target.iterdir()] if target.is_dir() else []
     if held or (target.exists() and not target.is_dir()):
@@ -27,34 +80,6 @@ def new_or_empty(folder: Path) -> Path:
             f"{folder} must be an empty or a new folder and {what}; choose another one"
         )
     return target
-
-
-def fill(target: Path, make: Callable[[Path], Path]) -> None:
-    """Put the folder that `make` leaves, below the temporary one it is given, at `target`.
-
-    Nobody else's folder is touched, whatever its name, and of a failure nothing is left.
-
-    Args:
-        target: what `new_or_empty` returned.
-        make: called with an empty folder on the file system of `target`.
-
-    Raises:
-        StoreError: the place cannot be written to.
-    """
-    inside = target.is_dir() and _must_stay(target)
-    place = target if inside else target.parent
-    with _explained(target):
-        place.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=place))
-    try:
-        made = make(part)
-        with _explained(target):
-            if inside:
-                _move_out(made, target)
-            else:
-                made.replace(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _must_stay(folder: Path) -> bool:
@@ -100,5 +125,5 @@ def _explained(target: Path) -> Iterator[None]:
     except OSError as error:
         raise StoreError(
             f"{target} cannot be written: {error.strerror or error}; make it writable, or give "
-            "another folder"
+            "another place"
         ) from error

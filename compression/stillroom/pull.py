@@ -20,7 +20,7 @@ from stillroom.errors import (
     StoreError,
     StoreUnreachableError,
 )
-from stillroom.folder import fill, new_or_empty
+from stillroom.folder import WHOLE, filling
 from stillroom.redaction import redact
 
 ATTEMPTS = 4
@@ -66,26 +66,26 @@ def pull(
         CorruptedError: a file is not the one that was registered.
         ServiceUnreachableError: MLflow does not answer.
     """
-    target = new_or_empty(folder)
     parse_reference(model_uri)
-    client = open_client(tracking_uri)
-    version = find(client, model_uri)
-    fill(target, lambda part: _assemble(client, version, part, merged=merged))
+    with filling(folder) as scratch:
+        client = open_client(tracking_uri)
+        _assemble(client, find(client, model_uri), scratch, merged=merged)
 
 
-def _assemble(client: Any, version: Version, part: Path, *, merged: bool) -> Path:
-    contents = fetch(client, version, part / "own")
+def _assemble(client: Any, version: Version, scratch: Path, *, merged: bool) -> None:
+    contents = fetch(client, version, scratch / "own")
     if contents.base is None:
-        return part / "own"
-    whole = part / "whole"
-    whole.mkdir()
-    (part / "own").rename(whole / "adapter")
-    fetch_base(client, contents.base, whole / "base")
+        (scratch / "own").rename(scratch / WHOLE)
+        return
+    pair = scratch / "pair"
+    pair.mkdir()
+    (scratch / "own").rename(pair / "adapter")
+    fetch_base(client, contents.base, pair / "base")
     if merged:
-        merge_into(whole / "base", whole / "adapter", contents.task, part / "merged")
-        return part / "merged"
-    join_base(whole / "adapter", whole / "base")
-    return whole
+        merge_into(pair / "base", pair / "adapter", contents.task, scratch / WHOLE)
+    else:
+        join_base(pair / "adapter", pair / "base")
+        pair.rename(scratch / WHOLE)
 
 
 def fetch(client: Any, version: Version, folder: Path) -> Contents:

@@ -6,22 +6,19 @@ from pathlib import Path
 import pytest
 
 from stillroom.errors import StoreError
-from stillroom.folder import fill, new_or_empty
+from stillroom.folder import WHOLE, filling, replacing
 
 
-def make(part: Path) -> Path:
+def fill(folder: Path, *, fail: bool = False) -> None:
     """Leave one file, one folder and one link, beside something that is not wanted."""
-    made = part / "made"
-    (made / "deep").mkdir(parents=True)
-    (part / "rest").write_text("")
-    (made / "deep" / "file").write_text("content")
-    (made / "a").symlink_to("deep/file")
-    return made
-
-
-def fail(part: Path) -> Path:
-    make(part)
-    raise ValueError("half-way")
+    with filling(folder) as scratch:
+        whole = scratch / WHOLE
+        (whole / "deep").mkdir(parents=True)
+        (scratch / "rest").write_text("")
+        (whole / "deep" / "file").write_text("content")
+        (whole / "a").symlink_to("deep/file")
+        if fail:
+            raise ValueError("half-way")
 
 
 def assert_filled(folder: Path) -> None:
@@ -38,7 +35,7 @@ def test_a_new_or_empty_folder_is_filled_and_nothing_else_left(tmp_path: Path, h
         folder.symlink_to("real")
     if how == "link":
         (tmp_path / "real").mkdir()
-    fill(new_or_empty(folder), make)
+    fill(folder)
     assert_filled(folder)
     assert {path.name for path in folder.parent.iterdir()} <= {"here", "real"}
     assert folder.is_symlink() == (how in ("link", "dangling"))
@@ -49,13 +46,13 @@ def test_folders_of_others_stay_whatever_their_names(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match="half-way"):
-        fill(new_or_empty(tmp_path / "here"), fail)
-    fill(new_or_empty(tmp_path / "here"), make)
+        fill(tmp_path / "here", fail=True)
+    fill(tmp_path / "here")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "here"])
 
 
 def test_a_mount_is_filled_from_within(mounted: Path) -> None:
-    fill(new_or_empty(mounted), make)
+    fill(mounted)
     assert_filled(mounted)
 
 
@@ -63,7 +60,7 @@ def test_the_folder_where_a_shell_stands_is_filled_from_within(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    fill(new_or_empty(Path()), make)
+    fill(Path())
     assert_filled(Path(os.curdir))
 
 
@@ -73,14 +70,14 @@ def test_a_folder_whose_parent_is_closed_is_filled_from_within(
     (tmp_path / "mine").mkdir()
     before = (tmp_path / "mine").stat().st_ino
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    fill(new_or_empty(tmp_path / "mine"), make)
+    fill(tmp_path / "mine")
     assert_filled(tmp_path / "mine")
     assert (tmp_path / "mine").stat().st_ino == before
 
 
 def test_a_failure_leaves_a_mount_empty(mounted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="half-way"):
-        fill(new_or_empty(mounted), fail)
+        fill(mounted, fail=True)
     assert list(mounted.iterdir()) == []
     real = Path.rename
 
@@ -91,19 +88,52 @@ def test_a_failure_leaves_a_mount_empty(mounted: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(StoreError, match=r"a mount cannot be written: No space left on device"):
-        fill(new_or_empty(mounted), make)
+        fill(mounted)
     assert list(mounted.iterdir()) == []
 
 
 def test_what_is_full_or_a_file_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(StoreError, match=r"empty or a new folder and it holds letter\.txt"):
-        new_or_empty(tmp_path)
+        fill(tmp_path)
     with pytest.raises(StoreError, match=r"empty or a new folder and it is a file"):
-        new_or_empty(tmp_path / "letter.txt")
+        fill(tmp_path / "letter.txt")
 
 
 def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match=r"file/here cannot be written: .*give another folder"):
-        fill(new_or_empty(tmp_path / "file" / "here"), make)
+    with pytest.raises(StoreError, match=r"file/here cannot be written: .*give another place"):
+        fill(tmp_path / "file" / "here")
+
+
+def write(file: Path, text: str, *, fail: bool = False) -> None:
+    with replacing(file) as written:
+        written.write_text(text)
+        if fail:
+            raise ValueError("half-way")
+
+
+def test_a_file_is_replaced_once_the_new_one_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_text("old")
+    (tmp_path / "model.gguf.part").write_text("somebody's")
+    with pytest.raises(ValueError, match="half-way"):
+        write(file, "ha", fail=True)
+    assert file.read_text() == "old"
+    write(file, "new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "model.gguf": "new",
+        "model.gguf.part": "somebody's",
+    }
+
+
+def test_of_a_file_that_fails_no_new_folder_is_left(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="half-way"):
+        write(tmp_path / "new" / "a", "ha", fail=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").mkdir()
+    with pytest.raises(StoreError, match=r"model\.gguf cannot be written: Is a directory"):
+        write(tmp_path / "model.gguf", "new")

@@ -49,7 +49,7 @@ def quantize_with_gptqmodel(
     Raises:
         RecipeError: gptqmodel is not installed, or does not know the method.
         MismatchError: it quantized layers that the model does not have.
-        SourceError: `output` is not empty.
+        StoreError: `output` is not empty, or cannot be written.
     """
     if find_spec("gptqmodel") is None:
         raise RecipeError(

@@ -30,7 +30,8 @@ def export_auto_gptq(folder: Path, target: Path, *, shard_bytes: int = SHARD_BYT
     Embeddings and the head are unpacked.
 
     Raises:
-        SourceError: `folder` holds no GPTQ checkpoint, or `target` is not empty.
+        SourceError: `folder` holds no GPTQ checkpoint.
+        StoreError: `target` is not empty, or cannot be written.
         MismatchError: layers differ in bits or group size, one inside the blocks is not packed, or
             a zero point is 0.
     """

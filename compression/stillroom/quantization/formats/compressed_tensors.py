@@ -62,7 +62,8 @@ def export_compressed_tensors(
     Embeddings and the head are unpacked: the format's readers take them in full precision.
 
     Raises:
-        SourceError: `folder` holds no GPTQ checkpoint, or `target` is not empty.
+        SourceError: `folder` holds no GPTQ checkpoint.
+        StoreError: `target` is not empty, or cannot be written.
         MismatchError: a layer is not nn.Linear in its model, has its columns reordered, or has
             3 bits.
     """

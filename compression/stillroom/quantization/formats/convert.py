@@ -24,7 +24,8 @@ def export_folder(folder: Path, target: Path, export_format: ExportFormat) -> Pa
     A GGUF is one file: `target` itself where it ends in .gguf, else model.gguf in it.
 
     Raises:
-        SourceError: `folder` holds no GPTQ checkpoint, or `target` is not empty.
+        SourceError: `folder` holds no GPTQ checkpoint.
+        StoreError: `target` is not empty, or cannot be written.
         MismatchError: the format cannot hold this checkpoint.
     """
     match export_format:
@@ -44,13 +45,7 @@ def export_folder(folder: Path, target: Path, export_format: ExportFormat) -> Pa
             from stillroom.quantization.formats.gguf_export import export_gguf
 
             target = target if target.suffix == ".gguf" else target / "model.gguf"
-            fresh = not target.parent.exists()
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                export_gguf(folder, target)
-            finally:
-                if fresh and not any(target.parent.iterdir()):
-                    target.parent.rmdir()
+            export_gguf(folder, target)
     return target
 
 

@@ -1,6 +1,7 @@
 """Write a GPTQ checkpoint folder as a GGUF file, which llama.cpp runs on a CPU at full speed."""
 
 import logging
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +9,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from stillroom.errors import MismatchError, RecipeError, SourceError
+from stillroom.folder import replacing
 from stillroom.llama_engine import GGUF_FILE
 from stillroom.models import load_config
 from stillroom.quantization.formats.gguf_architectures import find_architecture
@@ -75,19 +77,16 @@ def export_gguf(
     Raises:
         SourceError: `folder` holds no GPTQ checkpoint, or gguf is not installed.
         MismatchError: GGUF cannot hold the model, its groups or its tokenizer.
+        StoreError: `target` cannot be written.
     """
     options = GgufOptions(asymmetric, exact_zeros, embeddings, vocabulary)
     gguf = _import_gguf()
     tensors = open_reordered(folder)
-    part = target.with_name(f"{target.name}.part")
-    writer = gguf.GGUFWriter(part, tensors.architecture.name)
-    try:
+    with (
+        replacing(target) as file,
+        closing(gguf.GGUFWriter(file, tensors.architecture.name)) as writer,
+    ):
         _write(writer, folder, tensors, options)
-        writer.close()
-        part.replace(target)
-    finally:
-        writer.close()
-        part.unlink(missing_ok=True)
     report = compare_gguf(folder, target)
     logger.info("%s: %s", target, report)
     return report

@@ -29,7 +29,8 @@ def convert_gptq(
     Integers, scales and the order of columns stay as they are, and so does every other tensor.
 
     Raises:
-        SourceError: `folder` holds no GPTQ checkpoint, or `target` is not empty.
+        SourceError: `folder` holds no GPTQ checkpoint.
+        StoreError: `target` is not empty, or cannot be written.
         MismatchError: a zero point is 0, which version 1 cannot hold.
     """
     source = open_quantized(folder)

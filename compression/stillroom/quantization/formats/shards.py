@@ -5,12 +5,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
 
 from stillroom.errors import SourceError
+from stillroom.folder import WHOLE, filling
 from stillroom.memory import return_free_memory
 from stillroom.quantization.formats.folder import INDEX
 
@@ -79,24 +79,19 @@ def new_folder(folder: Path, target: Path) -> Iterator[Path]:
     It holds already what is neither weights nor config.json in `folder`, such as the tokenizer.
 
     Raises:
-        SourceError: `target` holds something, or lies inside `folder`.
+        SourceError: `target` lies inside `folder`.
+        StoreError: it holds something, or cannot be written to.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise SourceError(f"{target} must be a new or an empty folder; choose another")
-    if folder.resolve() in (target.resolve(), *target.resolve().parents):
+    if folder.resolve() in target.resolve().parents:
         raise SourceError(f"{target} lies inside {folder}, which it is made from; choose another")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        written = Path(temporary) / "model"
+    with filling(target) as scratch:
+        written = scratch / WHOLE
         written.mkdir()
         for path in sorted(folder.iterdir()):
             weights = path.suffix in (".safetensors", ".gguf") or path.name == INDEX
             if path.is_file() and not weights and path.name not in ("config.json", *STALE):
                 shutil.copyfile(path, written / path.name)
         yield written
-        if target.exists():
-            target.rmdir()
-        written.rename(target)
 
 
 def write_config(config: dict[str, Any], target: Path) -> None:

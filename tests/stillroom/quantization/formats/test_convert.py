@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from stillroom.errors import MismatchError, SourceError
+from stillroom.errors import MismatchError, SourceError, StoreError
 from stillroom.quantization.formats.convert import export_folder, measure_export, task_of
 from stillroom.quantization.formats.export import save_quantized
 from stillroom.quantization.formats.folder import open_quantized
@@ -141,7 +141,7 @@ def test_nothing_is_left_of_a_failed_export(tmp_path):
 
 def test_a_folder_that_holds_something_is_not_written_to(tmp_path):
     saved(tmp_path / "one")
-    with pytest.raises(SourceError, match="new or an empty folder"):
+    with pytest.raises(StoreError, match=r"empty or a new folder and it holds config\.json"):
         export_folder(tmp_path / "one", tmp_path / "one", "gptq_v2")
     with pytest.raises(SourceError, match="lies inside"):
         export_folder(tmp_path / "one", tmp_path / "one" / "two", "gptq_v2")
