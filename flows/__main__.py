@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +17,17 @@ from stillroom.errors import RecipeError, ServiceUnreachableError, StillroomErro
 from stillroom.redaction import redact
 from tasks.store.commands import add_store_commands, run_store_command
 
-ACTIONABLE, REFUSED = 2, 1
+REFUSED, ACTIONABLE, DEFECT = 1, 2, 3
 UNREACHED = "Failed to reach API"
 """How the RuntimeError begins that Prefect raises where its server does not answer."""
 DIMENSION = "measure-intrinsic-dimension"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, 1 where a gate refused the result, or 2 for an error to act on."""
+    """Run a command; return 0, or 1 where a gate refused, 2 for an error to act on, 3 for a defect.
+
+    An error is one line, a defect all that is known of it; neither shows a secret.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
@@ -32,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # One line, whatever a library has put into it.
         print("error:", " ".join(redact(str(error)).split()), file=sys.stderr)
         return ACTIONABLE
+    except Exception:
+        print(redact(traceback.format_exc()), file=sys.stderr)
+        return DEFECT
     return code
 
 
