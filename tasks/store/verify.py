@@ -45,15 +45,21 @@ def find_problems(backend: Backend, *, deep: bool) -> Iterator[Problem]:
                 if found.name not in users[blob]:
                     users[blob].append(found.name)
     blobs = _Contents(backend, "blobs/", deep)
-    for problem in each(
-        backend,
-        users.items(),
-        lambda used: blobs.examine(blob_name(used[0].sha256), used[0], used[1]),
-    ):
+    for problem in each(backend, users.items(), lambda used: _examine_blob(blobs, *used)):
         if problem is not None:
             yield problem
     for key in partial_keys(backend):
         yield from _examine_checkpoints(backend, key, deep=deep)
+
+
+def _examine_blob(blobs: "_Contents", file: StoredFile, users: list[str]) -> Problem | None:
+    """Return what is wrong with a blob for artifacts that are still there."""
+    name = blob_name(file.sha256)
+    if blobs.examine(name, file, users) is None:
+        return None
+    # Whoever collects removes manifests first, then what only they needed.
+    left = [user for user in users if _content(blobs.backend, user) is not None]
+    return blobs.examine(name, file, left) if left else None
 
 
 def _read(backend: Backend, name: str) -> Record | Problem | None:

@@ -1,6 +1,7 @@
 """Checkpoints that a run at work replaces and forgets, while others read and verify them."""
 
 import functools
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ from stillroom.checkpoint import TRIES, Checkpoints, FolderCheckpoints, NoCheckp
 from stillroom.errors import CorruptedError, PieceGoneError, StoreError
 from tasks.store.commands import _verify
 from tasks.store.local import LocalBackend
+from tasks.store.record import blob_name
 from tasks.store.store import ArtifactStore
-from tests.tasks.store.making import KEY, add, damage, read_files, write_files
+from tests.tasks.store.making import KEY, OTHER_KEY, add, damage, read_files, write_files
 
 ROOT = f"partial/{KEY}/"
 
@@ -105,6 +107,26 @@ class TestVerify:
         change = training.go_on if what == "forgotten" else lambda: training.save("last")
         meanwhile(method, change, after=after)
         assert list(store.verify()) == []
+
+    def test_an_artifact_collected_meanwhile_misses_nothing(
+        self, store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        kept = add(store, write_files(tmp_path / "made", {"a": b"1", "b": b"2"}))
+        gone = add(store, write_files(tmp_path / "made", {"c": b"3"}), key=OTHER_KEY)
+        shared, own = (blob_name(hashlib.sha256(content).hexdigest()) for content in (b"1", b"3"))
+        real = store.backend.list
+
+        def collected(prefix: str) -> Any:
+            if prefix == "blobs/":
+                store.forget(gone)
+                for blob in (shared, own):
+                    store.backend.delete(blob)
+            return real(prefix)
+
+        monkeypatch.setattr(store.backend, "list", collected)
+        (problem,) = store.verify()
+        assert problem.name == shared
+        assert problem.useless == (kept.name,)
 
     def test_repair_keeps_what_a_training_saves_meanwhile(
         self,
