@@ -32,12 +32,13 @@ def export_auto_gptq(folder: Path, target: Path, *, shard_bytes: int = SHARD_BYT
     Raises:
         SourceError: `folder` holds no GPTQ checkpoint.
         StoreError: `target` is not empty, or cannot be written.
-        MismatchError: layers differ in bits or group size, one inside the blocks is not packed, or
-            a zero point is 0.
+        MismatchError: layers differ in bits or group size, one inside the blocks is not packed, a
+            zero point is 0, or experts are fused.
     """
     source = open_quantized(folder)
     section = source.config["quantization_config"] | {"checkpoint_format": "gptq"}
     places = find_places(source)
+    _refuse_fused(places.fused)
     _require_whole_blocks(source, places.in_blocks)
     with new_folder(folder, target) as written:
         writer = ShardWriter(written, shard_bytes)
@@ -60,6 +61,15 @@ def export_auto_gptq(folder: Path, target: Path, *, shard_bytes: int = SHARD_BYT
         (written / SETTINGS).write_text(json.dumps(settings(section), indent=2) + "\n")
         config = config_of_its_time(source.config)
         write_config(config | {"quantization_config": section}, written)
+
+
+def _refuse_fused(fused: list[str]) -> None:
+    if fused:
+        raise MismatchError(
+            f"the experts of this mixture are parts of one parameter: {len(fused)}, first "
+            f"{fused[0]}. transformers 4.40, which auto-gptq needs, has modules of other names, "
+            "and would leave them as they began; keep the GPTQ format"
+        )
 
 
 def _require_whole_blocks(source: QuantizedFolder, in_blocks: list[str]) -> None:

@@ -124,6 +124,7 @@ class Places:
     embeddings: list[str]
     head: list[str]  # none or one
     in_blocks: list[str]  # every weight matrix of the repeated blocks
+    fused: list[str]  # those of them that are parts of one parameter, such as experts
 
     @property
     def dense(self) -> list[str]:
@@ -153,11 +154,14 @@ def find_places(source: QuantizedFolder) -> Places:
         model = kind(config)
     last = model.get_output_embeddings()
     named = dict(model.named_modules())
+    stacks = find_stacks(model)
+    in_blocks = [f"{at}.{name}" for at, each in stacks.items() for name in find_weights(each)]
     return Places(
         [name for name, each in named.items() if isinstance(each, nn.Linear) and each is not last],
         [name for name, each in named.items() if isinstance(each, nn.Embedding)],
         [name for name, each in named.items() if each is last],
-        [f"{at}.{name}" for at, each in find_stacks(model).items() for name in find_weights(each)],
+        in_blocks,
+        [name for name in in_blocks if name not in named],
     )
 
 

@@ -24,6 +24,7 @@ from stillroom.quantization.sequential import quantize_model
 from tests.stillroom.quantization.formats.test_convert import saved
 from tests.stillroom.quantization.test_sequential import logits, rows
 from tests.stillroom.tiny import tiny_llama
+from tests.stillroom.tiny_mixtures import tiny_mixtral
 
 PYTHON = Path(__file__).parents[4] / ".bench" / "peers" / "auto-gptq" / "bin" / "python"
 needs_auto_gptq = pytest.mark.skipif(not PYTHON.exists(), reason="needs `make install-auto-gptq`")
@@ -123,6 +124,14 @@ def test_a_layer_that_was_skipped_inside_the_blocks_is_refused(tmp_path):
     with pytest.raises(MismatchError, match=r"2, first model\.layers\.0\.mlp\.down_proj, are not"):
         export_auto_gptq(tmp_path / "ours", tmp_path / "export")
     assert not (tmp_path / "export").exists()
+
+
+def test_fused_experts_are_refused(tmp_path):
+    model = tiny_mixtral()
+    result = quantize_model(model, rows(), QuantizationOptions(4, 16, method="rtn"))
+    save_quantized(model, None, result, tmp_path / "ours")
+    with pytest.raises(MismatchError, match=r"first model\.layers\.0\.mlp\.experts\.0\."):
+        export_auto_gptq(tmp_path / "ours", tmp_path / "export")
 
 
 @pytest.mark.parametrize("odd_size", [16, 64, -1])
