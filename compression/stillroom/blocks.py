@@ -1,5 +1,6 @@
 """Where a model's repeated blocks and their linear layers are, read off its module tree."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -7,6 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.errors import RecipeError
+
+# How transformers names the parameter of a mixture that holds each expert's gate and up projection,
+# and which half of its rows is whose.
+FUSED = "gate_up_proj"
+GATE_AND_UP: Mapping[str, int | None] = {"gate_proj": 0, "up_proj": 1}
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -51,12 +57,18 @@ class LinearWeight:
     parameter: str
     expert: int | None = None  # which slice of a parameter (experts, …)
     transposed: bool = False  # stored as (in, out)
+    half: int | None = None  # which half of the rows, where two layers are one matrix
+
+    @property
+    def multiplied(self) -> Tensor:
+        """The matrix that the model multiplies by, which may be two layers', as a view."""
+        whole = cast(Tensor, getattr(self.module, self.parameter)).detach()
+        return whole if self.expert is None else whole[self.expert]
 
     @property
     def stored(self) -> Tensor:
         """The matrix as it lies in the model, a view without gradients."""
-        whole = cast(Tensor, getattr(self.module, self.parameter)).detach()
-        return whole if self.expert is None else whole[self.expert]
+        return self.multiplied if self.half is None else self.multiplied.chunk(2)[self.half]
 
     def read(self) -> Tensor:
         """Return the weight as (out, in), whichever way it is stored."""
@@ -84,7 +96,8 @@ def find_weights(module: nn.Module) -> dict[str, LinearWeight]:
     """Return every weight matrix below `module` by dotted name, in definition order.
 
     The fused parameter (experts, out, in) of a mixture gives one matrix an expert, named as if each
-    expert were a module: experts.3.down_proj.
+    expert were a module, experts.3.down_proj; where it holds an expert's gate above its up
+    projection, it gives these two.
     """
     found = {
         name: LinearWeight(child, "weight", transposed=not isinstance(child, nn.Linear))
@@ -92,15 +105,21 @@ def find_weights(module: nn.Module) -> dict[str, LinearWeight]:
     }
     for name, child in module.named_modules():
         # transformers marks the modules whose parameters are stacked experts.
-        turned = getattr(child, "is_transposed", None)
-        if turned is None:
-            continue
-        for parameter, tensor in child.named_parameters(recurse=False):
-            if tensor.dim() == 3:
-                for expert in range(tensor.shape[0]):
-                    full_name = f"{name}.{expert}.{parameter}" if name else f"{expert}.{parameter}"
-                    found[full_name] = LinearWeight(child, parameter, expert, bool(turned))
+        if getattr(child, "is_transposed", None) is not None:
+            prefix = f"{name}." if name else ""
+            found |= {f"{prefix}{own}": weight for own, weight in _expert_weights(child)}
     return found
+
+
+def _expert_weights(experts: nn.Module) -> Iterator[tuple[str, LinearWeight]]:
+    turned = bool(experts.is_transposed)
+    for parameter, tensor in experts.named_parameters(recurse=False):
+        if tensor.dim() != 3:
+            continue
+        above = _holds_gate_above_up(experts, parameter)
+        for expert in range(tensor.shape[0]):
+            for name, half in (GATE_AND_UP if above else {parameter: None}).items():
+                yield f"{expert}.{name}", LinearWeight(experts, parameter, expert, turned, half)
 
 
 def weight_at(model: nn.Module, name: str) -> LinearWeight:
@@ -114,7 +133,10 @@ def weight_at(model: nn.Module, name: str) -> LinearWeight:
     except AttributeError:
         parent, expert, parameter = name.rsplit(".", 2)
         module = model.get_submodule(parent)
-        return LinearWeight(module, parameter, int(expert), bool(module.is_transposed))
+        half = None
+        if parameter in GATE_AND_UP and _holds_gate_above_up(module, FUSED):
+            parameter, half = FUSED, GATE_AND_UP[parameter]
+        return LinearWeight(module, parameter, int(expert), bool(module.is_transposed), half)
     return LinearWeight(module, "weight", transposed=_is_conv1d(module))
 
 
@@ -129,6 +151,16 @@ def find_linears(module: nn.Module) -> dict[str, nn.Module]:
         for name, child in module.named_modules()
         if name and (type(child) is nn.Linear or _is_conv1d(child))
     }
+
+
+def _holds_gate_above_up(experts: nn.Module, parameter: str) -> bool:
+    """Return whether a fused parameter is (experts, 2 · width, hidden), the gates' rows first."""
+    marks = {"has_gate": True, "is_concatenated": True, "is_transposed": False}
+    return (
+        parameter == FUSED
+        and hasattr(experts, FUSED)
+        and all(getattr(experts, mark, None) is expected for mark, expected in marks.items())
+    )
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -187,7 +187,9 @@ class Watch(TorchFunctionMode):
         self, weights: Mapping[str, LinearWeight], see: Callable[[str, Tensor], None]
     ) -> None:
         super().__init__()
-        self.names = {weight.stored.data_ptr(): name for name, weight in weights.items()}
+        self.names: dict[int, list[str]] = {}
+        for name, weight in weights.items():
+            self.names.setdefault(weight.multiplied.data_ptr(), []).append(name)
         self.see = see
 
     def __torch_function__(
@@ -202,8 +204,7 @@ class Watch(TorchFunctionMode):
         if places is not None and len(args) > max(places):
             weight = args[places[1]]
             if isinstance(weight, Tensor) and weight.dim() == 2:
-                name = self.names.get(weight.data_ptr())
-                if name is not None:
+                for name in self.names.get(weight.data_ptr(), ()):
                     self.see(name, args[places[0]])
         return func(*args, **(kwargs or {}))
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from stillroom.blocks import weight_at
 from stillroom.errors import NotFiniteError, RecipeError
 from stillroom.progress import Progress, silent
 from stillroom.quantization.allocation import (
@@ -185,6 +186,8 @@ def tied_layers(
     groups: dict[Any, list[str]] = {}
     for name in names:
         key = (_block_of(name, modules), calls[name]) if calls[name] else name
+        if name not in modules and weight_at(model, name).half is not None:
+            key = name.rpartition(".")[0]  # an expert's gate and up projection
         groups.setdefault(key, []).append(name)
     return [tuple(group) for group in groups.values()]
 

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 
-from stillroom.blocks import find_stacks, find_weights
+from stillroom.blocks import find_stacks, find_weights, weight_at
 from stillroom.models import load_model, save_model
 from stillroom.quantization.formats.export import check_folder, save_quantized
 from stillroom.quantization.options import QuantizationOptions
@@ -156,10 +157,45 @@ def test_every_expert_is_quantized_on_its_own_tokens():
     model = make("mixtral")
     result = quantize_model(model, rows(), QuantizationOptions(4, 16))
     names = [name for name in result.layers if ".experts." in name]
-    assert len(names) == 2 * 4 * 2  # blocks, experts, matrices
+    assert len(names) == 2 * 4 * 3  # blocks, experts, matrices
     assert all(result.layers[name].account.method == "gptq" for name in names)
-    first, second = (result.layers[name].account.relative_error for name in names[:2])
-    assert first != second
+    errors = {result.layers[name].account.relative_error for name in names}
+    assert len(errors) == len(names)
+
+
+@pytest.mark.parametrize("skip", ["*.experts.0.*", "*.up_proj"])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_experts_that_are_skipped_lie_beside_packed_ones(skip, streamed, tmp_path):
+    save_model(make("mixtral"), tiny_tokenizer(), tmp_path / "full")
+    open_model = open_streamed if streamed else lambda path, task: (load_model(path), None)
+    model, blocks = open_model(tmp_path / "full", task="causal_lm")
+    data = rows()
+    result = quantize_model(model, data, QuantizationOptions(2, 16), blocks=blocks, skip=(skip,))
+    save_quantized(model, None, result, tmp_path / "ours", blocks=blocks)
+    assert check_folder(tmp_path / "ours", result, "causal_lm", "cpu").relative < 1e-5
+    loaded, full = load_model(tmp_path / "ours"), load_model(tmp_path / "full")
+    for name, weight in find_weights(full).items():
+        came = weight_at(loaded, name).read()
+        if name in result.layers:
+            expected = result.layers[name].weight.dequantize()
+            torch.testing.assert_close(came, expected, rtol=1e-3, atol=1e-3)
+            assert not torch.equal(came, weight.read())
+        else:
+            assert torch.equal(came, weight.read()), name
+
+
+def test_gate_and_up_of_an_expert_load_from_one_matrix_too(tmp_path):
+    """Folders held both of them in one packed layer before."""
+    model = make("mixtral")
+    result = quantize_model(model, rows(), QuantizationOptions(4, 16, method="rtn"))
+    save_quantized(model, None, result, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    for name in [key for key in state if ".experts." in key and ".gate_proj." in key]:
+        gate, up = state.pop(name), state.pop(name.replace("gate_proj", "up_proj"))
+        both = gate if name.endswith("g_idx") else torch.cat([gate, up], dim=1)
+        state[name.replace("gate_proj", "gate_up_proj")] = both
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(logits(load_model(tmp_path), rows()), logits(model, rows()))
 
 
 def test_an_expert_that_no_token_reaches_is_rounded_and_counted():
@@ -177,5 +213,5 @@ def test_conv1d_and_fused_experts_count_as_linears():
     gpt2 = find_weights(make("gpt2").transformer.h[0])
     assert gpt2["attn.c_attn"].shape == (96, 32)
     mixtral = find_weights(make("mixtral").model.layers[0])
-    assert mixtral["mlp.experts.3.gate_up_proj"].shape == (128, 32)
+    assert mixtral["mlp.experts.3.up_proj"].shape == (64, 32)
     assert mixtral["mlp.experts.0.down_proj"].shape == (32, 64)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stillroom.errors import RecipeError
-from stillroom.models import load_model
+from stillroom.models import load_model, save_model
 from stillroom.quantization import gptqmodel_engine as engine
 from stillroom.quantization.formats.convert import export_folder, measure_export
 from stillroom.quantization.formats.folder import open_quantized
@@ -25,6 +25,7 @@ from stillroom.quantization.options import QuantizationOptions
 from tests.stillroom.quantization.formats.test_convert import weight
 from tests.stillroom.quantization.test_sequential import logits, rows
 from tests.stillroom.tiny import tiny_llama, tiny_tokenizer
+from tests.stillroom.tiny_mixtures import tiny_mixtral, tiny_qwen3_moe
 
 INSTALLED = importlib.util.find_spec("gptqmodel") is not None
 needs_gptqmodel = pytest.mark.skipif(not INSTALLED, reason="needs `make install-gptqmodel`")
@@ -46,7 +47,7 @@ print("ACCOUNTS" + json.dumps([dataclasses.asdict(account) for account in accoun
 """
 
 # gptqmodel alone: quantizes, saves, reads its own checkpoint back, in float32 through transformers;
-# layers of different bits only it reads itself, in bfloat16.
+# layers of different bits only it reads itself, in bfloat16, and mixtures, in float16.
 WRITE = """
 import json, sys, torch
 from safetensors.torch import load_file, save_file
@@ -60,6 +61,8 @@ model.quantize(samples, batch_size=1, calibration_data_min_length=1)
 model.save(target)
 if "dynamic" in settings:
     read = GPTQModel.load(target, dtype=torch.bfloat16).model
+elif model.model.config.model_type in ("mixtral", "qwen3_moe"):
+    read = GPTQModel.load(target, dtype=torch.float16).model
 else:
     read = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
 with torch.no_grad():
@@ -175,6 +178,24 @@ def test_we_read_what_gptqmodel_writes(tmp_path, settings):
         difference = float((ours - theirs).abs().max() / theirs.abs().max())
         print(f"{settings}, {weights}: max |Δlogit| / max |logit| = {difference:.1e}")
         assert difference <= (0.05 if "dynamic" in settings else 2e-3)
+
+
+@pytest.mark.slow
+@needs_gptqmodel
+@pytest.mark.parametrize("make", [tiny_mixtral, tiny_qwen3_moe])
+def test_we_read_the_mixtures_that_gptqmodel_writes(tmp_path, make):
+    model = make(hidden_size=64, intermediate_size=96, moe_intermediate_size=32)
+    save_model(model, tiny_tokenizer(), tmp_path / "model")
+    data = _calibration(tmp_path / "rows.safetensors")
+    target, settings = tmp_path / "theirs", {"bits": 4, "group_size": 32, "sym": True}
+    _run(WRITE, tmp_path / "model", target, tmp_path / "rows.safetensors", json.dumps(settings))
+    theirs = load_file(tmp_path / "logits.safetensors")["logits"]
+    for weights in ("packed", "dense"):
+        ours = logits(load_model(target, dtype=torch.float16, weights=weights), data).float()
+        by_token = ((ours - theirs).abs().amax(-1) / theirs.abs().max()).flatten()
+        print(f"{make.__name__}, {weights}: {by_token.median():.1e}, {by_token.max():.1e}")
+        # What is rounded leads a token or two to another expert.
+        assert by_token.quantile(0.95) <= 5e-3
 
 
 @pytest.mark.skipif(INSTALLED, reason="gptqmodel is installed")

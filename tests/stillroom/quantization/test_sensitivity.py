@@ -28,6 +28,7 @@ from stillroom.quantization.sequential import quantize_model
 from tests.stillroom.rows import token_rows
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
 from tests.stillroom.tiny_decoders import tiny_gpt2
+from tests.stillroom.tiny_mixtures import tiny_mixtral
 
 OFFERS = [LayerChoice(bits, group) for bits in (2, 3, 4, 8) for group in (32, 64)]
 OPTIONS = QuantizationOptions(damping=0.05)
@@ -63,6 +64,12 @@ def test_layers_that_share_their_input_are_tied():
     assert groups[4][0] == "model.layers.1.self_attn.q_proj"
     assert _last(_tied(tiny_gpt2()))[:4] == [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]]
     assert _last(_tied(tiny_bert_classifier()))[0] == ["query", "key", "value"]
+
+
+def test_an_experts_gate_and_up_projection_are_tied():
+    groups = _last(_tied(tiny_mixtral()))
+    assert groups.count(["gate_proj", "up_proj"]) == 4 * 3  # blocks, experts
+    assert groups.count(["down_proj"]) == 4 * 3
 
 
 def test_a_layer_that_is_not_called_stands_alone():

@@ -142,7 +142,7 @@ def _block_tensors(
     own = {
         f"{prefix}.{key}": value for key, value in model.get_submodule(prefix).state_dict().items()
     }
-    packed_slices: dict[int, int] = {}
+    packed: dict[int, int] = {}  # how many numbers of each parameter
     for name in names:
         layer = result.layers[name]
         for part, tensor in pack(layer.weight).tensors().items():
@@ -150,10 +150,9 @@ def _block_tensors(
         if layer.bias is not None:
             own[f"{name}.bias"] = layer.bias.to(own[f"{name}.bias"].dtype)
         weight = weight_at(model, name)
-        whole = getattr(weight.module, weight.parameter)
-        packed_slices[whole.data_ptr()] = packed_slices.get(whole.data_ptr(), 0) + 1
+        whole = getattr(weight.module, weight.parameter).data_ptr()
+        packed[whole] = packed.get(whole, 0) + weight.stored.numel()
     for key, value in own.items():
         # A mixture's fused parameter goes once all of its experts are packed.
-        slices = value.shape[0] if value.dim() == 3 else 1
-        if packed_slices.get(value.data_ptr(), 0) < slices:
+        if packed.get(value.data_ptr(), -1) < value.numel():
             yield key, value

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stillroom.blocks import weight_at
+from stillroom.blocks import LinearWeight, weight_at
 from stillroom.errors import CorruptedError
 from stillroom.models import Task, Weights, load_config, new_model, quiet
 from stillroom.quantization.formats.folder import open_quantized
@@ -39,6 +39,7 @@ def load_quantized(
         model: PreTrainedModel = new_model(folder, config, task=task, dtype=dtype)
     model.tie_weights()
     state = {name: quantized.files[name] for name in quantized.plain}
+    _load_fused(model, quantized.layers, state)
     placed: set[str] = set()
     for name in quantized.layers:
         packed, bits = quantized.packed(name)
@@ -61,7 +62,6 @@ def _place(
 ) -> str:
     """Put a layer where the model has its dense one; return the parameter that it stands for."""
     weight = weight_at(model, name)
-    owner = name if weight.expert is None else name.rsplit(".", 2)[0]
     # An expert is a slice of a parameter, where no layer of its own has room; rows of embeddings
     # are looked up, not multiplied.
     if (
@@ -74,11 +74,25 @@ def _place(
         bias = state.get(f"{name}.bias")
         if bias is not None and getattr(weight.module, "bias", None) is None and not bias.any():
             del state[f"{name}.bias"]  # auto-gptq gives every layer a bias, of zeros
-        return f"{owner}.{weight.parameter}"
+        return _parameter(name, weight)
     bias = state.pop(f"{name}.bias", None)
     layer.bias = None if bias is None else bias.to(dtype)
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)
+    return _parameter(name, weight)
+
+
+def _load_fused(model: nn.Module, layers: tuple[str, ...], state: dict[str, Tensor]) -> None:
+    """Copy the parameters of mixtures of which some experts are packed, and others not."""
+    own = model.state_dict()
+    fused = {_parameter(name, weight_at(model, name)) for name in layers}
+    for key in fused & state.keys():
+        own[key].copy_(state.pop(key))
+
+
+def _parameter(name: str, weight: LinearWeight) -> str:
+    """Return the name of the parameter in which the weight of the layer `name` lies."""
+    owner = name if weight.expert is None else name.rsplit(".", 2)[0]
     return f"{owner}.{weight.parameter}"
 
 
