@@ -5,7 +5,6 @@ import os
 import signal
 import socketserver
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -74,9 +73,9 @@ def test_a_run_that_lost_its_process_and_its_worker_becomes_crashed(
     try:
         house = start(terminal)
         with _webhook() as (webhook, said), _post_office() as (address, mails):
-            _prefect(house, "-c", BLOCKS, webhook, address)
+            house.python("-c", BLOCKS, webhook, address)
             assert _names(house) == ["stillroom-lost-runs", "stillroom-unstarted-runs"]
-            assert "are there" in _prefect(house, "-m", "tasks.servers.set_up")
+            assert "are there" in house.python("-m", "tasks.servers.set_up")
             ours = ["lost-runs", "mail", "unstarted-runs", "webhook"]
             assert _names(house) == [f"stillroom-{name}" for name in ours]
 
@@ -177,25 +176,6 @@ def _await_state(house: House, run: str, killed: float) -> dict[str, Any]:
 
 def _names(house: House) -> list[str]:
     return sorted(each["name"] for each in house.ask("POST", "/automations/filter", {}))
-
-
-def _prefect(house: House, *python: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *python],
-        cwd=ROOT,
-        env=house.terminal.environment()
-        | {
-            "PREFECT_API_URL": f"{house.prefect}/api",
-            "PREFECT_HOME": str(house.terminal.folder / "prefect"),
-            "DO_NOT_TRACK": "1",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def _until(happened: Callable[[], bool], seconds: float) -> None:

@@ -1,6 +1,8 @@
 """What `make up` starts, asked as a browser or a script would ask it."""
 
 import copy
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.flows.terminal import Terminal
+from tests.flows.terminal import ROOT, Terminal
 from tests.servers import free_port
 
 OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
@@ -79,6 +81,25 @@ class House:
         answer = httpx.request(method, url, json=body, params=query, auth=self.login, timeout=60)
         answer.raise_for_status()
         return answer.json()
+
+    def python(self, *arguments: str, seconds: float = 60) -> str:
+        """Run Python with Prefect's address, as a user beside the servers, and return its words."""
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=self.terminal.environment()
+            | {
+                "PREFECT_API_URL": f"{self.prefect}/api",
+                "PREFECT_HOME": str(self.terminal.folder / "prefect"),
+                "DO_NOT_TRACK": "1",
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=seconds,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     @property
     def deployment(self) -> dict[str, Any]:

@@ -4,15 +4,13 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.flows.house import STAGES, House, open_house, processes_of, small_recipe, start
-from tests.flows.terminal import ROOT, assert_refused
+from tests.flows.terminal import assert_refused
 
 pytestmark = pytest.mark.integration
 
@@ -134,25 +132,12 @@ def test_run_is_remembered_by_mlflow(house: House, ordered: dict[str, Any]) -> N
 
 def test_prefect_deployment_run(house: House, ordered: dict[str, Any], parts: Path) -> None:
     recipe = small_recipe(dict(ordered["parameters"]["recipe"]), parts)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "prefect", "--no-prompt"),
-            *("deployment", "run", "compress/compress", "--watch", "--watch-interval", "1"),
-            *("--params", json.dumps({"recipe": recipe})),
-        ],
-        cwd=ROOT,
-        env=house.terminal.environment()
-        | {
-            "PREFECT_API_URL": f"{house.prefect}/api",
-            "PREFECT_HOME": str(house.terminal.folder / "prefect"),
-            "DO_NOT_TRACK": "1",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
+    house.python(
+        *("-m", "prefect", "--no-prompt"),
+        *("deployment", "run", "compress/compress", "--watch", "--watch-interval", "1"),
+        *("--params", json.dumps({"recipe": recipe})),
+        seconds=120,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
     last = {"sort": "START_TIME_DESC", "limit": 1}
     (run,) = house.ask("POST", "/flow_runs/filter", last)
     assert run["id"] != ordered["id"]

@@ -15,7 +15,7 @@ from stillroom.contents import Contents
 from stillroom.models import save_model
 from stillroom.serving import ServedModel
 from tests.stillroom.tiny import (
-    _seeded,
+    seeded,
     tiny_bert_classifier,
     tiny_bert_masked,
     tiny_masked_tokenizer,
@@ -34,7 +34,7 @@ def tiny_bloom():
     config = BloomConfig(
         vocab_size=64, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0, num_labels=3
     )
-    return _seeded(BloomForSequenceClassification, config, 0)
+    return seeded(BloomForSequenceClassification, config)
 
 
 def tiny_roberta():
@@ -42,7 +42,7 @@ def tiny_roberta():
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=34, num_labels=3, pad_token_id=1,
     )  # fmt: skip
-    return _seeded(RobertaForSequenceClassification, config, 0)
+    return seeded(RobertaForSequenceClassification, config)
 
 
 def served(model, folder, longest=None, task="sequence_classification"):

@@ -29,7 +29,7 @@ def tiny_llama(
         eos_token_id=2,
         pad_token_id=0,
     )
-    return _seeded(LlamaForCausalLM, config, seed)
+    return seeded(LlamaForCausalLM, config, seed)
 
 
 def tiny_bert_classifier(
@@ -45,7 +45,7 @@ def tiny_bert_classifier(
         max_position_embeddings=128,
         num_labels=labels,
     )
-    return _seeded(BertForSequenceClassification, config, seed)
+    return seeded(BertForSequenceClassification, config, seed)
 
 
 def tiny_bert_masked(
@@ -60,7 +60,7 @@ def tiny_bert_masked(
         num_attention_heads=4,
         max_position_embeddings=128,
     )
-    return _seeded(BertForMaskedLM, config, seed)
+    return seeded(BertForMaskedLM, config, seed)
 
 
 def tiny_masked_tokenizer(mask: str = "[MASK]") -> PreTrainedTokenizerFast:
@@ -90,15 +90,20 @@ def tiny_masked_tokenizer(mask: str = "[MASK]") -> PreTrainedTokenizerFast:
     )
 
 
-def _seeded(kind: type[PreTrainedModel], config: object, seed: int) -> PreTrainedModel:
+def seeded(
+    kind: type[PreTrainedModel], config: object, seed: int = 0, *, times: float = 5
+) -> PreTrainedModel:
+    """Return a model whose matrices are drawn from a seed, so many times as large as usual.
+
+    Usual is 0.02: the outputs of so small a model would not differ by position.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = kind(config)
-        # Larger than the usual 0.02, so that the outputs of so small a model differ by position.
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:
-                    parameter.mul_(5)
+                    parameter.mul_(times)
     return model.eval()
 
 

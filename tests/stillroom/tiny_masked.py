@@ -7,7 +7,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from tests.stillroom.tiny import _seeded, tiny_bert_masked
+from tests.stillroom.tiny import seeded, tiny_bert_masked
 
 
 def tiny_distilbert_masked(layers: int = 4) -> DistilBertForMaskedLM:
@@ -15,7 +15,7 @@ def tiny_distilbert_masked(layers: int = 4) -> DistilBertForMaskedLM:
     config = DistilBertConfig(
         vocab_size=64, dim=32, hidden_dim=64, n_layers=layers, n_heads=4, max_position_embeddings=64
     )
-    return _seeded(DistilBertForMaskedLM, config, 0)
+    return seeded(DistilBertForMaskedLM, config)
 
 
 def tiny_roberta_masked(layers: int = 4) -> RobertaForMaskedLM:
@@ -31,7 +31,7 @@ def tiny_roberta_masked(layers: int = 4) -> RobertaForMaskedLM:
         bos_token_id=1,
         eos_token_id=2,
     )
-    return _seeded(RobertaForMaskedLM, config, 0)
+    return seeded(RobertaForMaskedLM, config)
 
 
 MASKED = {

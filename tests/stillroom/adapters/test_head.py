@@ -7,7 +7,7 @@ import transformers as tf
 from stillroom.adapters.adapted_model import AdaptedModel
 from stillroom.adapters.options import LoraOptions
 from tests.stillroom.rows import labelled_rows
-from tests.stillroom.tiny import _seeded, tiny_bert_classifier
+from tests.stillroom.tiny import seeded, tiny_bert_classifier
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -19,18 +19,18 @@ def tiny_distilbert():
     config = tf.DistilBertConfig(
         vocab_size=64, dim=32, hidden_dim=64, n_layers=2, n_heads=4, num_labels=3
     )
-    return _seeded(tf.DistilBertForSequenceClassification, config, 0)
+    return seeded(tf.DistilBertForSequenceClassification, config)
 
 
 def tiny_deberta():
     config = tf.DebertaV2Config(pooler_hidden_size=32, **SIZES)
-    return _seeded(tf.DebertaV2ForSequenceClassification, config, 0)
+    return seeded(tf.DebertaV2ForSequenceClassification, config)
 
 
 def tiny_modernbert():
     words = {f"{name}_token_id": i for i, name in enumerate(("pad", "bos", "eos", "cls", "sep"))}
     config = tf.ModernBertConfig(**SIZES, **words)
-    return _seeded(tf.ModernBertForSequenceClassification, config, 0)
+    return seeded(tf.ModernBertForSequenceClassification, config)
 
 
 MODELS = {
