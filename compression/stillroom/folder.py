@@ -1,15 +1,18 @@
 """Write a folder or a file of the user's aside first, so that it comes whole, or not at all."""
 
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stillroom.errors import StoreError
 
 WHOLE = "whole"
+
+_UNLOCKED, _LOCKED = ".stillroom-begins", ".stillroom-works-here"
 
 _MOUNTS = Path("/proc/self/mountinfo")
 _ESCAPED = str.maketrans({char: f"\\{ord(char):03o}" for char in " \t\n\\"})
@@ -31,19 +34,13 @@ def filling(folder: Path) -> Iterator[Path]:
     with _explained(folder):
         target = _new_or_empty(folder)
     inside = target.is_dir() and _must_stay(target)
-    place = target if inside else target.parent
-    with _explained(target):
-        place.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=place))
-    try:
+    with _scratch(target, target if inside else target.parent) as scratch:
         yield scratch
         with _explained(target):
             if inside:
                 _move_out(scratch / WHOLE, target)
             else:
                 (scratch / WHOLE).replace(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
@@ -57,22 +54,56 @@ def replacing(file: Path) -> Iterator[Path]:
         StoreError: the place cannot be written to, or is a folder.
     """
     fresh = not file.parent.exists()
-    with _explained(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{file.name}.", dir=file.parent))
     try:
-        yield scratch / file.name
-        with _explained(file):
-            (scratch / file.name).replace(file)
+        with _scratch(file, file.parent) as scratch:
+            yield scratch / file.name
+            with _explained(file):
+                (scratch / file.name).replace(file)
+    finally:
+        if fresh and file.parent.is_dir() and not any(file.parent.iterdir()):
+            file.parent.rmdir()
+
+
+@contextmanager
+def _scratch(target: Path, place: Path) -> Iterator[Path]:
+    """Lend a hidden folder in `place`, which is made where it is absent, to work at `target` in.
+
+    As long as it is lent it bears a locked file, so that whoever comes next can tell it from one
+    that a killed process left.
+    """
+    with _explained(target):
+        place.mkdir(parents=True, exist_ok=True)
+        _remove_left(target, place)
+        scratch = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=place))
+    try:
+        with (scratch / _UNLOCKED).open("w") as mark:
+            with suppress(OSError):  # a file system without locks: what is left there stays
+                fcntl.flock(mark, fcntl.LOCK_EX)
+                (scratch / _UNLOCKED).rename(scratch / _LOCKED)
+            yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        if fresh and not any(file.parent.iterdir()):
-            file.parent.rmdir()
+
+
+def _remove_left(target: Path, place: Path) -> None:
+    """Remove what killed processes left of their work at `target`."""
+    for path in place.iterdir():
+        mark = path / _LOCKED
+        if path.name.startswith(_prefix(target)) and mark.is_file():
+            with mark.open() as held, suppress(BlockingIOError):  # somebody is at work there
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}."
 
 
 def _new_or_empty(folder: Path) -> Path:
     """Return where `folder` really lies, links followed."""
     target = folder.expanduser().resolve()
+    if target.is_dir():
+        _remove_left(target, target)
     held = [path.name for path in target.iterdir()] if target.is_dir() else []
     if held or (target.exists() and not target.is_dir()):
         what = f"it holds {min(held)}" if held else "it is a file"

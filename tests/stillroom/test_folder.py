@@ -1,6 +1,9 @@
 """What is done to a folder of the user's that a command fills."""
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,49 @@ def test_folders_of_others_stay_whatever_their_names(tmp_path: Path) -> None:
         fill(tmp_path / "here", fail=True)
     fill(tmp_path / "here")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "here"])
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from stillroom.folder import filling
+with filling(Path(sys.argv[1])) as scratch:
+    (scratch / "large").write_text("")
+    print(scratch, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("where", ["beside", "within"])
+def test_what_a_killed_process_left_is_removed(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    cwd = folder if where == "within" else tmp_path
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, folder], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = Path(done.stdout.strip())
+    assert (left / "large").exists()
+    assert left.parent == cwd
+    fill(folder)
+    assert_filled(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_what_another_is_at_stays_and_the_first_to_end_wins(tmp_path: Path) -> None:
+    def fill_meanwhile() -> None:
+        with filling(tmp_path / "here") as scratch:
+            (scratch / WHOLE).mkdir()
+            fill(tmp_path / "here")
+            assert (scratch / WHOLE).exists()
+
+    with pytest.raises(StoreError, match="here cannot be written: Directory not empty"):
+        fill_meanwhile()
+    assert_filled(tmp_path / "here")
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 def test_a_mount_is_filled_from_within(mounted: Path) -> None:
