@@ -5,7 +5,6 @@ import gc
 import json
 import os
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +13,9 @@ from typing import Any
 from flows.approve import add_approve_command
 from flows.part import PARTS
 from stillroom.errors import RecipeError, ServiceUnreachableError, StillroomError
-from stillroom.redaction import redact
+from stillroom.exit_codes import REFUSED, ended
 from tasks.store.commands import add_store_commands, run_store_command
 
-REFUSED, ACTIONABLE, DEFECT = 1, 2, 3
 UNREACHED = "Failed to reach API"
 """How the RuntimeError begins that Prefect raises where its server does not answer."""
 DIMENSION = "measure-intrinsic-dimension"
@@ -26,20 +24,10 @@ DIMENSION = "measure-intrinsic-dimension"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0, or 1 where a gate refused, 2 for an error to act on, 3 for a defect.
 
-    An error is one line, a defect all that is known of it; neither shows a secret.
+    What goes wrong in a run is an error to act on; its traceback stands in the run's log.
     """
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    try:
-        code: int = options.run(options) if "run" in options else _store(options)
-    except StillroomError as error:
-        # One line, whatever a library has put into it.
-        print("error:", " ".join(redact(str(error)).split()), file=sys.stderr)
-        return ACTIONABLE
-    except Exception:
-        print(redact(traceback.format_exc()), file=sys.stderr)
-        return DEFECT
-    return code
+    options = _parser().parse_args(arguments)
+    return ended(lambda: options.run(options) if "run" in options else _store(options), "error:")
 
 
 def _parser() -> argparse.ArgumentParser:

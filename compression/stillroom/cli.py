@@ -7,21 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stillroom.errors import SourceError, StillroomError
+from stillroom.errors import SourceError
+from stillroom.exit_codes import ended
 from stillroom.remote_code import has_own_code, trusting_code
 
 FORMATS = ("gptq", "gptq_v2", "auto-gptq", "compressed-tensors", "gguf")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, or 2 with one line on stderr."""
+    """Run the command; return 0, 2 with one line for an error to act on, or 3 for a defect."""
     options = _parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except (StillroomError, OSError) as error:
-        print(f"stillroom: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return ended(lambda: options.run(options) or 0, "stillroom:", OSError)
 
 
 def _pull(options: argparse.Namespace) -> None:

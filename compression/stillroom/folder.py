@@ -53,24 +53,20 @@ def replacing(file: Path) -> Iterator[Path]:
     Raises:
         StoreError: the place cannot be written to, or is a folder.
     """
-    fresh = not file.parent.exists()
-    try:
-        with _scratch(file, file.parent) as scratch:
-            yield scratch / file.name
-            with _explained(file):
-                (scratch / file.name).replace(file)
-    finally:
-        if fresh and file.parent.is_dir() and not any(file.parent.iterdir()):
-            file.parent.rmdir()
+    with _scratch(file, file.parent) as scratch:
+        yield scratch / file.name
+        with _explained(file):
+            (scratch / file.name).replace(file)
 
 
 @contextmanager
 def _scratch(target: Path, place: Path) -> Iterator[Path]:
     """Lend a hidden folder in `place`, which is made where it is absent, to work at `target` in.
 
-    As long as it is lent it bears a locked file, so that whoever comes next can tell it from one
-    that a killed process left.
+    Where nothing comes of it, what was made for it goes again. While it is lent it bears a locked
+    file, by which whoever comes next can tell it from one that a killed process left.
     """
+    absent = [path for path in (place, *place.parents) if not path.exists()]
     with _explained(target):
         place.mkdir(parents=True, exist_ok=True)
         _remove_left(target, place)
@@ -83,15 +79,18 @@ def _scratch(target: Path, place: Path) -> Iterator[Path]:
             yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):  # up to the first that holds something
+            for path in absent:
+                path.rmdir()
 
 
 def _remove_left(target: Path, place: Path) -> None:
     """Remove what killed processes left of their work at `target`."""
-    for path in place.iterdir():
-        mark = path / _LOCKED
-        if path.name.startswith(_prefix(target)) and mark.is_file():
-            with mark.open() as held, suppress(BlockingIOError):  # somebody is at work there
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for path in place.iterdir() if os.access(place, os.R_OK) else ():
+        if path.name.startswith(_prefix(target)):
+            # Somebody is at work there, or it is another user's, or nobody's.
+            with suppress(OSError), (path / _LOCKED).open("r+") as mark:
+                fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
 
 

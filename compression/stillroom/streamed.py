@@ -1,16 +1,17 @@
 """A model of which only those blocks are in memory that are needed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stillroom.blocks import find_stacks, weight_at
+from stillroom.blocks import LinearWeight, find_stacks, weight_at
 from stillroom.errors import CorruptedError
 from stillroom.models import Task, load_config, new_model, quiet, read_config, saved_dtype
+from stillroom.quantization.formats.experts import Parts, plain_experts
 from stillroom.quantization.formats.folder import QuantizedFolder, TensorFiles, open_quantized
 
 
@@ -51,15 +52,17 @@ class OnDisk:
         self.packed: QuantizedFolder | None = None
         if "quantization_config" in read_config(folder):
             self.packed = open_quantized(folder)
+        self.experts = {} if self.packed is None else plain_experts(model, self.packed.plain)
         self.mapping: list[Any] = get_model_conversion_mapping(model)
         self.sources = self._sources()  # every tensor of the files by its name in the model
 
     def load(self, prefix: str) -> None:
-        """Read the tensors of one block."""
-        self._load([key for name, key in self.sources if name.startswith(f"{prefix}.")])
-        for name in [] if self.packed is None else self.packed.layers:
-            if name.startswith(f"{prefix}."):
-                self._place(name)
+        """Read the tensors of one block.
+
+        Raises:
+            CorruptedError: the files lack one.
+        """
+        self._read(lambda name: name.startswith(f"{prefix}."))
 
     def release(self, prefix: str) -> None:
         """Let go of the parameters of one block."""
@@ -75,20 +78,29 @@ class OnDisk:
             CorruptedError: the files lack a tensor.
         """
         inside = tuple(f"{prefix}." for prefix in stacks)
-        self._load([key for name, key in self.sources if not name.startswith(inside)])
-        for name in [] if self.packed is None else self.packed.layers:
-            if not name.startswith(inside):
-                self._place(name)
+        self._read(lambda name: not name.startswith(inside))
+
+    def _read(self, wanted: Callable[[str], bool]) -> None:
+        """Read the tensors of all parameters and layers whose names are wanted."""
+        plain = [(name, key) for name, key in self.sources if wanted(name)]
+        self._load([key for _, key in plain])
+        parts = Parts()
+        for name in [] if self.packed is None else filter(wanted, self.packed.layers):
+            parts.add(name, self._place(name, self.packed.weight(name).dequantize()))
+        for key, name in self.experts.items():
+            if wanted(name):
+                parts.add(name, self._place(name, self.files[key]))
         self.model.tie_weights()
-        missing = [
+        empty = [
             name
             for name, parameter in self.model.named_parameters()
-            if parameter.is_meta and not name.startswith(inside)
+            if parameter.is_meta and wanted(name)
         ]
+        missing = {*empty, *parts.lacking} - {name for name, _ in plain}
         if missing:
             raise CorruptedError(
-                f"{self.files.folder}: the tensors do not fit config.json; missing {missing[:3]}; "
-                "write the checkpoint again"
+                f"{self.files.folder}: the tensors do not fit config.json; missing "
+                f"{sorted(missing)[:3]}; write the checkpoint again"
             )
 
     def _sources(self) -> list[tuple[str, str]]:
@@ -111,6 +123,7 @@ class OnDisk:
                 key,
             )
             for key in keys
+            if key not in self.experts
         ]
 
     def _load(self, keys: list[str]) -> None:
@@ -124,15 +137,15 @@ class OnDisk:
         with quiet():
             convert_and_load_state_dict_in_model(self.model, state, config)
 
-    def _place(self, name: str) -> None:
-        """Put the dequantized weight of a packed layer where the model has its own."""
-        assert self.packed is not None
+    def _place(self, name: str, values: Tensor) -> LinearWeight:
+        """Put the weight of a layer, (out, in), where the model has its own; return where."""
         weight = weight_at(self.model, name)
         if weight.stored.is_meta:
             whole = getattr(weight.module, weight.parameter)
             empty = nn.Parameter(torch.empty_like(whole, device=self.device), False)
             setattr(weight.module, weight.parameter, empty)
-        weight.write(self.packed.weight(name).dequantize())
+        weight.write(values)
+        return weight
 
 
 def open_streamed(

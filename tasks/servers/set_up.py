@@ -10,22 +10,19 @@ import sys
 import httpx
 
 from stillroom.errors import ServiceUnreachableError, StillroomError
+from stillroom.exit_codes import ended
 from stillroom.redaction import redact
 from tasks.servers.services import register
 from tasks.settings import Settings
 
 
 def main() -> int:
-    """Set everything up; return 0, or 2 for an error to act on."""
-    try:
-        _set_up(Settings())
-    except StillroomError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Set everything up; return 0, 2 for an error to act on, or 3 for a defect."""
+    return ended(_set_up, "error:")
 
 
-def _set_up(settings: Settings) -> None:
+def _set_up() -> int:
+    settings = Settings()
     environment = os.environ | settings.environment()
     api = environment.get("PREFECT_API_URL")
     if not api:
@@ -44,6 +41,7 @@ def _set_up(settings: Settings) -> None:
             "whether it runs, and whether PREFECT_API_AUTH_STRING is its USER:PASSWORD"
         ) from error
     print("the work pools, the deployments and the automations are there")
+    return 0
 
 
 def _make_bucket(bucket: str) -> None:

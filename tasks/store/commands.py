@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from stillroom.errors import StoreError
+from stillroom.exit_codes import REFUSED
 from tasks.store.collect import CollectionPlan, collect, plan_collection
 from tasks.store.store import ArtifactStore
 
@@ -105,7 +106,7 @@ def _verify(store: ArtifactStore, *, deep: bool, repair: bool) -> int:
         return 0
     advice = "removed: run the recipe again" if repair else "run again with --repair to remove them"
     print(f"{_count(len(problems), 'problem')} in {store.url}; {advice}")
-    return 1
+    return REFUSED
 
 
 def _collect(

@@ -57,9 +57,10 @@ def _examine_blob(blobs: "_Contents", file: StoredFile, users: list[str]) -> Pro
     name = blob_name(file.sha256)
     if blobs.examine(name, file, users) is None:
         return None
-    # Whoever collects removes manifests first, then what only they needed.
+    # Whoever collects removes manifests first, then what only they needed; and a run may have made
+    # both anew since the sizes were listed.
     left = [user for user in users if _content(blobs.backend, user) is not None]
-    return blobs.examine(name, file, left) if left else None
+    return _Contents(blobs.backend, name, blobs.deep).examine(name, file, left) if left else None
 
 
 def _read(backend: Backend, name: str) -> Record | Problem | None:

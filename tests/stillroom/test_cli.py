@@ -94,12 +94,18 @@ def test_an_unknown_format_is_refused(tmp_path):
 def test_a_gguf_is_a_file(tmp_path, monkeypatch):
     gguf_export = pytest.importorskip("stillroom.quantization.formats.gguf_export")
     written = []
-
-    def write(_, target):
-        target.touch()
-        written.append(target)
-
-    monkeypatch.setattr(gguf_export, "export_gguf", write)
+    monkeypatch.setattr(gguf_export, "export_gguf", lambda _, target: written.append(target))
     convert.export_folder(tmp_path, tmp_path / "new", "gguf")
     convert.export_folder(tmp_path, tmp_path / "small.gguf", "gguf")
     assert written == [tmp_path / "new" / "model.gguf", tmp_path / "small.gguf"]
+
+
+def test_a_defect_is_all_that_is_known_without_secrets(monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise KeyError("postgresql://me:passphrase@db/x")
+
+    monkeypatch.setattr("stillroom.pull.pull", fail)
+    assert main(["pull", "models:/a/1", "folder"]) == 3
+    printed = capsys.readouterr().err
+    assert printed.startswith("Traceback")
+    assert "postgresql://***@db/x" in printed

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,6 +98,30 @@ def test_what_another_is_at_stays_and_the_first_to_end_wins(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
+def test_what_cannot_be_looked_at_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's folder, or one that only looks like ours."""
+    for name in (".here.theirs", ".here.other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".here.theirs" / ".stillroom-works-here").write_text("")
+    real = Path.open
+
+    def closed(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.parent.name == ".here.theirs":
+            raise PermissionError(13, "Permission denied")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", closed)
+    fill(tmp_path / "here")
+    assert_filled(tmp_path / "here")
+    assert {path.name for path in tmp_path.iterdir()} == {"here", ".here.theirs", ".here.other"}
+
+
+def test_of_a_failure_no_new_folder_is_left(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="half-way"):
+        fill(tmp_path / "x" / "y" / "here", fail=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_mount_is_filled_from_within(mounted: Path) -> None:
     fill(mounted)
     assert_filled(mounted)
@@ -175,7 +200,7 @@ def test_a_file_is_replaced_once_the_new_one_is_whole(tmp_path: Path) -> None:
 
 def test_of_a_file_that_fails_no_new_folder_is_left(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="half-way"):
-        write(tmp_path / "new" / "a", "ha", fail=True)
+        write(tmp_path / "new" / "deep" / "a", "ha", fail=True)
     assert list(tmp_path.iterdir()) == []
 
 

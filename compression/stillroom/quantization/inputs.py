@@ -48,7 +48,7 @@ def plan_rounds(
     reached = {_family(weights[name]) for name in calls}
     for name, weight in weights.items():
         if weight.expert is not None and _family(weight) in reached:
-            calls.setdefault(name, (-1, len(calls)))  # an expert that this batch does not use
+            calls.setdefault(name, (-1 - weight.expert,))  # this batch does not use it
     shared: dict[tuple[object, tuple[int, ...]], list[str]] = {}
     for name, seen in calls.items():
         shared.setdefault((_family(weights[name]), seen), []).append(name)

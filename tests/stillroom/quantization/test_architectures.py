@@ -8,6 +8,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from stillroom.blocks import find_stacks, find_weights, weight_at
+from stillroom.errors import CorruptedError
 from stillroom.models import load_model, save_model
 from stillroom.quantization.formats.export import check_folder, save_quantized
 from stillroom.quantization.options import QuantizationOptions
@@ -182,6 +183,23 @@ def test_experts_that_are_skipped_lie_beside_packed_ones(skip, streamed, tmp_pat
             assert not torch.equal(came, weight.read())
         else:
             assert torch.equal(came, weight.read()), name
+
+
+def test_experts_of_which_a_part_is_missing_are_refused(tmp_path):
+    model = make("mixtral")
+    result = quantize_model(model, rows(), QuantizationOptions(4, 16, method="rtn"))
+    save_quantized(model, None, result, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    for part in ("qweight", "qzeros", "scales", "g_idx"):
+        del state[f"model.layers.1.mlp.experts.2.up_proj.{part}"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    missing = r"missing \['model\.layers\.1\.mlp\.experts\.gate_up_proj'\]"
+    with pytest.raises(CorruptedError, match=missing):
+        load_model(tmp_path)
+    _, blocks = open_streamed(tmp_path, task="causal_lm")
+    blocks.load("model.layers.0")
+    with pytest.raises(CorruptedError, match=missing):
+        blocks.load("model.layers.1")
 
 
 def test_gate_and_up_of_an_expert_load_from_one_matrix_too(tmp_path):

@@ -8,9 +8,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from stillroom.blocks import find_weights
-from stillroom.quantization.capture import BlockCaller, Place, Rows
+from stillroom.quantization.capture import BlockCaller, Place, Rows, Watch
 from stillroom.quantization.inputs import collect, plan_rounds, watch_inputs
 from stillroom.quantization.streaming import Activations, Stream
+from tests.stillroom.tiny_mixtures import tiny_qwen3_moe
 
 
 class _Block(nn.Module):
@@ -73,3 +74,27 @@ def test_inputs_that_nothing_has_moved_have_no_shift(tmp_path, times):
     assert sums["layers.0.twice"].train.tokens == times * ids.numel()
     for each in sums.values():
         assert each.train.shift is None or not each.train.shift.any()
+
+
+@torch.no_grad()
+def test_what_an_idle_expert_has_shares_its_input(tmp_path):
+    model = tiny_qwen3_moe(num_experts=8)
+    block = model.model.layers[0]
+    caller = BlockCaller(model, {"model.layers": model.model.layers})
+    with caller.entered():
+        ids = torch.tensor([[5, 6]])
+        stream = Stream(caller, [Rows(ids, torch.ones_like(ids))], tmp_path)
+        stream.enter()
+        called = []
+        weights = find_weights(block)
+        with Watch(weights, lambda name, _: called.append(name)):
+            stream.run(Place("model.layers", 0), 0)
+        rounds = plan_rounds(stream, Place("model.layers", 0), weights)
+    idle = [name for name in weights if ".experts." in name and name not in called]
+    assert idle
+    groups = [set(group) for each in rounds for group in each.groups]
+    for expert in range(8):
+        prefix = f"mlp.experts.{expert}."
+        assert {f"{prefix}gate_proj", f"{prefix}up_proj"} in groups
+        assert {f"{prefix}down_proj"} in groups
+    assert all(each.once for each in rounds)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stillroom.blocks import weight_at
+from stillroom.blocks import find_weights, weight_at
 from stillroom.evaluation.figures import ReloadCheck
 from stillroom.memory import return_free_memory
 from stillroom.models import Task, quiet
@@ -142,7 +142,7 @@ def _block_tensors(
     own = {
         f"{prefix}.{key}": value for key, value in model.get_submodule(prefix).state_dict().items()
     }
-    packed: dict[int, int] = {}  # how many numbers of each parameter
+    packed: set[int] = set()  # the parameters of which layers are packed
     for name in names:
         layer = result.layers[name]
         for part, tensor in pack(layer.weight).tensors().items():
@@ -150,9 +150,12 @@ def _block_tensors(
         if layer.bias is not None:
             own[f"{name}.bias"] = layer.bias.to(own[f"{name}.bias"].dtype)
         weight = weight_at(model, name)
-        whole = getattr(weight.module, weight.parameter).data_ptr()
-        packed[whole] = packed.get(whole, 0) + weight.stored.numel()
+        packed.add(getattr(weight.module, weight.parameter).data_ptr())
     for key, value in own.items():
-        # A mixture's fused parameter goes once all of its experts are packed.
-        if packed.get(value.data_ptr(), -1) < value.numel():
+        if value.data_ptr() not in packed:
             yield key, value
+    # Experts that are not packed, beside packed ones of the same parameter.
+    for name, weight in find_weights(model.get_submodule(prefix)).items():
+        whole = getattr(weight.module, weight.parameter).data_ptr()
+        if whole in packed and f"{prefix}.{name}" not in result.layers:
+            yield f"{prefix}.{name}.weight", weight.read()

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stillroom.blocks import LinearWeight, weight_at
+from stillroom.blocks import weight_at
 from stillroom.errors import CorruptedError
 from stillroom.models import Task, Weights, load_config, new_model, quiet
+from stillroom.quantization.formats.experts import Parts, parameter_of, plain_experts
 from stillroom.quantization.formats.folder import open_quantized
 from stillroom.quantization.linear import QuantizedLinear
 
@@ -39,13 +40,23 @@ def load_quantized(
         model: PreTrainedModel = new_model(folder, config, task=task, dtype=dtype)
     model.tie_weights()
     state = {name: quantized.files[name] for name in quantized.plain}
-    _load_fused(model, quantized.layers, state)
-    placed: set[str] = set()
+    experts = plain_experts(model, state)
+    found = {name: weight_at(model, name) for name in (*experts.values(), *quantized.layers)}
+    # Of a mixture of which some experts are packed: what comes by itself goes over it.
+    fused = {parameter_of(name, weight) for name, weight in found.items()} & state.keys()
+    for key in fused:
+        model.state_dict()[key].copy_(state.pop(key))
+    parts = Parts()
+    for name, weight in found.items():
+        parts.add(name, weight)
+    for key, name in experts.items():
+        found[name].write(state.pop(key))
     for name in quantized.layers:
         packed, bits = quantized.packed(name)
         layer = QuantizedLinear(packed, None, bits, quantized.checkpoint_format)
-        placed.add(_place(model, name, layer, state, dtype, weights))
-    _load_rest(model, state, placed, folder)
+        _place(model, name, layer, state, dtype, weights)
+    lacking = [name for name in parts.lacking if name not in fused]
+    _load_rest(model, state, parts.parameters, lacking, folder)
     if (folder / "generation_config.json").exists() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
     model.train(False)
@@ -59,8 +70,8 @@ def _place(
     state: dict[str, Tensor],
     dtype: torch.dtype,
     weights: Weights,
-) -> str:
-    """Put a layer where the model has its dense one; return the parameter that it stands for."""
+) -> None:
+    """Put a layer where the model has its dense one."""
     weight = weight_at(model, name)
     # An expert is a slice of a parameter, where no layer of its own has room; rows of embeddings
     # are looked up, not multiplied.
@@ -74,34 +85,20 @@ def _place(
         bias = state.get(f"{name}.bias")
         if bias is not None and getattr(weight.module, "bias", None) is None and not bias.any():
             del state[f"{name}.bias"]  # auto-gptq gives every layer a bias, of zeros
-        return _parameter(name, weight)
+        return
     bias = state.pop(f"{name}.bias", None)
     layer.bias = None if bias is None else bias.to(dtype)
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)
-    return _parameter(name, weight)
 
 
-def _load_fused(model: nn.Module, layers: tuple[str, ...], state: dict[str, Tensor]) -> None:
-    """Copy the parameters of mixtures of which some experts are packed, and others not."""
-    own = model.state_dict()
-    fused = {_parameter(name, weight_at(model, name)) for name in layers}
-    for key in fused & state.keys():
-        own[key].copy_(state.pop(key))
-
-
-def _parameter(name: str, weight: LinearWeight) -> str:
-    """Return the name of the parameter in which the weight of the layer `name` lies."""
-    owner = name if weight.expert is None else name.rsplit(".", 2)[0]
-    return f"{owner}.{weight.parameter}"
-
-
-def _load_rest(model: nn.Module, state: dict[str, Tensor], placed: set[str], folder: Path) -> None:
+def _load_rest(
+    model: nn.Module, state: dict[str, Tensor], placed: set[str], missing: list[str], folder: Path
+) -> None:
     """Copy the tensors that were not packed, and make sure that none is missing."""
     own = model.state_dict()
     # Tied tensors are stored once: what shares memory with a tensor that came is there.
     present = {own[key].data_ptr() for key in own if key in state or key in placed}
-    missing = []
     for key, tensor in own.items():
         owner, _, last = key.rpartition(".")
         packed = f"{owner}.weight" in placed and f"{owner}.weight" not in own and last != "weight"
