@@ -12,6 +12,7 @@ import httpx
 
 from stillroom.errors import ServiceUnreachableError, StillroomError
 from tasks.servers.automations import create_automations
+from tasks.servers.deployments import deploy
 from tasks.servers.gpu_workers import gpu_workers
 from tasks.servers.logins import adopt_password, known_login, require_login_outside
 from tasks.servers.processes import alone, end_group, require_free
@@ -180,34 +181,8 @@ def register(api: str, environment: dict[str, str]) -> None:
         if _ask("GET", f"{api}/work_pools/{name}").status_code == httpx.codes.NOT_FOUND:
             pool = {"name": name, "type": "process", "description": description}
             _ask("POST", f"{api}/work_pools/", pool).raise_for_status()
-    switched_on = {_rhythm(schedule) for schedule, _ in _schedules(api) if schedule["active"]}
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    command += ["--prefect-file", "deployments/prefect.yaml"]
-    done = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise StillroomError(f"prefect deploy failed: {(done.stdout + done.stderr)[-800:]}")
-    # Deploying pauses every schedule again, those too that the user switched on in the UI.
-    for schedule, url in _schedules(api):
-        if _rhythm(schedule) in switched_on and not schedule["active"]:
-            _ask("PATCH", url, {"active": True}).raise_for_status()
+    deploy(api, environment, _ask)
     create_automations(api, _ask)
-
-
-def _schedules(api: str) -> list[tuple[dict[str, Any], str]]:
-    """Return each schedule of the deployments, and its address."""
-    answer = _ask("POST", f"{api}/deployments/filter", {})
-    answer.raise_for_status()
-    return [
-        (schedule, f"{api}/deployments/{deployment['id']}/schedules/{schedule['id']}")
-        for deployment in answer.json()
-        for schedule in deployment["schedules"]
-    ]
-
-
-def _rhythm(schedule: dict[str, Any]) -> tuple[str, str]:
-    return schedule["deployment_id"], json.dumps(schedule["schedule"], sort_keys=True)
 
 
 def _ask(method: str, url: str, body: dict[str, Any] | None = None) -> httpx.Response:

@@ -32,7 +32,7 @@ def test_a_lost_home_comes_back(tmp_path: Path) -> None:
 
 
 def _leave_traces(house: House, folder: Path) -> None:
-    deployment = house.deployment
+    deployment = house.deployment_of("compress-named")
     schedule = f"/deployments/{deployment['id']}/schedules/{deployment['schedules'][0]['id']}"
     house.ask("PATCH", schedule, {"active": True})
     house.ask_mlflow("POST", "/registered-models/create", {"name": "kept"})
@@ -43,7 +43,7 @@ def _leave_traces(house: House, folder: Path) -> None:
 
 
 def _assert_traces(house: House, terminal: Terminal) -> None:
-    assert house.deployment["schedules"][0]["active"] is True
+    assert house.deployment_of("compress-named")["schedules"][0]["active"] is True
     kept = house.ask_mlflow("GET", "/registered-models/get", name="kept")
     assert kept["registered_model"]["name"] == "kept"
     assert len(terminal.records("model")) == 1

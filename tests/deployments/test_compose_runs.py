@@ -74,14 +74,15 @@ def test_set_up_made_everything_and_again_changes_nothing(up: Machine) -> None:
     assert {"stillroom-cpu", "stillroom-gpu"} <= set(before["work_pools"])
     assert {"compress", "ask-teacher"} <= set(before["deployments"])
     assert before["automations"] == ["stillroom-lost-runs", "stillroom-unstarted-runs"]
-    (schedule,) = _compress(up)["schedules"]
-    path = f"deployments/{_compress(up)['id']}/schedules/{schedule['id']}"
+    named = "deployments/name/compress-named/compress-named"
+    deployment = _ask(up, "GET", named)
+    path = f"deployments/{deployment['id']}/schedules/{deployment['schedules'][0]['id']}"
     _ask(up, "PATCH", path, {"active": True})
     done = up.run("set-up", up.services["set-up"]["command"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "made the bucket" not in done.stdout
     assert _there(up) == before
-    assert _compress(up)["schedules"][0]["active"] is True
+    assert _ask(up, "GET", named)["schedules"][0]["active"] is True
 
 
 def test_a_pool_of_a_cluster_takes_its_template(up: Machine) -> None:

@@ -103,7 +103,11 @@ class House:
 
     @property
     def deployment(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.ask("GET", "/deployments/name/compress/compress")
+        return self.deployment_of("compress")
+
+    def deployment_of(self, name: str) -> dict[str, Any]:
+        """Return a deployment that is named as its flow is."""
+        found: dict[str, Any] = self.ask("GET", f"/deployments/name/{name}/{name}")
         return found
 
     def order(self, recipe: dict[str, Any]) -> httpx.Response:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from tests.flows.house import STAGES, House, open_house, processes_of, small_recipe, start
-from tests.flows.terminal import assert_refused
+from tests.flows.terminal import ROOT, assert_refused
 
 pytestmark = pytest.mark.integration
+RECIPES = ROOT / "deployments" / "recipes"
 
 
 def is_free(port: str) -> bool:
@@ -31,9 +32,10 @@ def test_pools_and_a_paused_schedule(house: House) -> None:
     pools = {pool["name"]: pool for pool in house.ask("POST", "/work_pools/filter", {})}
     assert {"stillroom-cpu", "stillroom-gpu"} <= set(pools)
     assert pools["stillroom-cpu"]["type"] == "process"
-    (schedule,) = house.deployment["schedules"]
+    (schedule,) = house.deployment_of("compress-named")["schedules"]
     assert schedule["schedule"]["cron"]
     assert schedule["active"] is False
+    assert (RECIPES / f"{schedule['parameters']['recipe_name']}.yaml").is_file()
     assert house.deployment["work_pool_name"] == "stillroom-cpu"
 
 
@@ -170,12 +172,14 @@ def test_up_after_a_crash_and_down_twice(tmp_path: Path) -> None:
     terminal = open_house(tmp_path)
     try:
         house = start(terminal)
-        house.ask("PATCH", _schedule(house), {"active": True})
+        _set_there(house)
+        before = [_what_users_set(house, name) for name in ("compress", "compress-named")]
         pids = json.loads((terminal.home / "services.json").read_text())["pids"]
         os.kill(pids["prefect"], signal.SIGKILL)
 
         house = start(terminal)
-        assert house.ask("GET", f"/deployments/{house.deployment['id']}")["schedules"][0]["active"]
+        after = [_what_users_set(house, name) for name in ("compress", "compress-named")]
+        assert after == before
     finally:
         done = terminal.type("down")
     assert done.returncode == 0
@@ -189,6 +193,29 @@ def test_up_after_a_crash_and_down_twice(tmp_path: Path) -> None:
     assert "no servers are running" in again.stdout
 
 
-def _schedule(house: House) -> str:
-    deployment = house.deployment
-    return f"/deployments/{deployment['id']}/schedules/{deployment['schedules'][0]['id']}"
+def _set_there(house: House) -> None:
+    """Set on the server what an operator may set there."""
+    named, typed = (house.deployment_of(name) for name in ("compress-named", "compress"))
+    monday = f"/deployments/{named['id']}/schedules/{named['schedules'][0]['id']}"
+    house.ask("PATCH", monday, {"active": True})
+    yearly = {
+        "schedule": {"cron": "0 0 1 1 *", "timezone": "UTC"},
+        "parameters": {"recipe": {"name": "mine"}},
+        "active": False,
+    }
+    house.ask("POST", f"/deployments/{typed['id']}/schedules", [yearly])
+    more = {
+        "parameters": {"changes": ["quantization.bits=3"]},
+        "concurrency_limit": 2,
+        "concurrency_options": {"collision_strategy": "CANCEL_NEW"},
+        "job_variables": {"env": {"MINE": "1"}},
+    }
+    house.ask("PATCH", f"/deployments/{named['id']}", more)
+
+
+def _what_users_set(house: House, name: str) -> Any:
+    found = house.deployment_of(name)
+    limit = (found["global_concurrency_limit"] or {}).get("limit")
+    named = ("id", "parameters", "concurrency_options", "job_variables")
+    schedules = sorted(found["schedules"], key=lambda each: str(each["id"]))
+    return {key: found[key] for key in named} | {"limit": limit, "schedules": schedules}
