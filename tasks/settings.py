@@ -44,7 +44,8 @@ class Settings(BaseSettings):
     mlflow_tracking_uri: str = Field(default="", validation_alias="MLFLOW_TRACKING_URI")
     """MLflow server or database; empty: the server of `make up`, else a SQLite file in home."""
     mlflow_artifacts: str = ""
-    """Where MLflow keeps files, such as s3://bucket/mlflow; empty: beside the store."""
+    """Where MLflow keeps files, such as s3://bucket/mlflow; empty: mlflow-artifacts in home, or
+    below the address of a store on S3, mlflow."""
     data_roots: str = ""
     """Folders, with colons between, below which recipes that come through the server read."""
     s3_sources: str = ""
