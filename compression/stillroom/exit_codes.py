@@ -21,9 +21,10 @@ def ended(work: Callable[[], int], says: str, *actionable: type[Exception]) -> i
         says: with what the line of an error begins.
         actionable: errors besides Stillroom's own of which one line tells enough.
     """
+    expected: tuple[type[Exception], ...] = (StillroomError, *actionable)
     try:
         return work()
-    except (StillroomError, *actionable) as error:
+    except expected as error:
         # One line, whatever a library has put into it.
         print(says, " ".join(redact(str(error)).split()), file=sys.stderr)
         return ACTIONABLE

@@ -85,8 +85,9 @@ class OnDisk:
         plain = [(name, key) for name, key in self.sources if wanted(name)]
         self._load([key for _, key in plain])
         parts = Parts()
-        for name in [] if self.packed is None else filter(wanted, self.packed.layers):
-            parts.add(name, self._place(name, self.packed.weight(name).dequantize()))
+        if self.packed is not None:
+            for name in filter(wanted, self.packed.layers):
+                parts.add(name, self._place(name, self.packed.weight(name).dequantize()))
         for key, name in self.experts.items():
             if wanted(name):
                 parts.add(name, self._place(name, self.files[key]))
