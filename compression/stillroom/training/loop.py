@@ -79,7 +79,7 @@ def train(
         NotFiniteError: the loss or the gradient is NaN or infinite; the parameters are those of
             the step before, and the last checkpoint stays.
         RecipeError: early stopping has nothing to go by; the step's batches cannot be dealt out
-            evenly.
+            evenly; a parameter that requires a gradient is float16.
         StageError: no parameter requires a gradient.
     """
     if len(examples) == 0:
