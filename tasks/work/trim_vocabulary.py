@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from stillroom.data.conversations import render
 from stillroom.data.documents import Document
 from stillroom.data.examples import Examples
 from stillroom.evaluation.reload import measure_reload
@@ -65,6 +66,6 @@ def _texts(documents: list[Document], tokenizer: Any) -> Iterator[str]:
     for document in documents:
         if document.messages and tokenizer.chat_template:
             # As they will be tokenised: with the template's own words, and the system's.
-            yield tokenizer.apply_chat_template(list(document.messages), tokenize=False)
+            yield render(document, document.messages, tokenizer)
         else:
             yield document.content

@@ -59,6 +59,9 @@ def test_every_field_says_in_a_sentence_what_it_is() -> None:
         ),
         ("distillation.cosine_weight=1", "set cache.hidden_states to last"),
         ("distillation.preset=hintom", "distillation.preset: Input should be 'hinton'"),
+        ("distillation.cache.draws=0", "head 2 and draws 0 came"),
+        ("distillation.cache={kind: top_k, head: 0}", "head 0 and draws 16 came"),
+        ("teacher.dtype=float16", "teacher.dtype: a student is trained in its teacher's numbers"),
         ("teacher.fine_tune={}", "teacher.fine_tune trains a new head"),
         ("data.masked_fraction=0.3", "for the task masked_lm, causal_lm came; leave it out"),
         ("data.masked_fraction=1", "data.masked_fraction: Input should be less than 1"),
@@ -74,6 +77,12 @@ def test_a_bad_change_says_what_is_wrong(change: str, said: str) -> None:
         load_recipe(DEMO, changes)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_float16_teacher_may_be_tuned_or_stay_as_it_is() -> None:
+    load_recipe(DEMO, ["teacher.dtype=float16", "distillation=null", "controls=[]"])
+    tuned = ["task=masked_lm", "teacher.fine_tune={}", "teacher.dtype=float16"]
+    load_recipe(DEMO, tuned)
 
 
 def test_a_change_reaches_absent_sections_and_list_items() -> None:

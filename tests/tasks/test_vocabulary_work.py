@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from stillroom.errors import SourceError
+from stillroom.errors import DataError, SourceError
 from stillroom.models import load_model, load_tokenizer, save_model, tokenizer_hash
 from tasks.sources import resolve_text
 from tasks.stages import TRIM_VOCABULARY
@@ -84,6 +84,20 @@ def test_rare_words_go_and_their_share_is_told(trim: Any) -> None:
     metrics, _ = trim("train", "evaluation", minimum_uses=2)
     assert 0 < metrics["share_of_text_in_dropped_words"] < 1
     assert metrics["words_used"] > 2
+
+
+def test_a_template_that_refuses_a_conversation_names_it(tmp_path: Path) -> None:
+    tokenizer = trained("bpe")
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    save_model(tiny_llama(vocab=len(tokenizer)), tokenizer, tmp_path / "teacher")
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"m": messages}))
+    section = {"minimum_uses": 1, "base-train": TEXT | {"messages_column": "m"}}
+    bench = new_bench(TRIM_VOCABULARY, section, tmp_path, {"teacher": tmp_path / "teacher"})
+    sources = {"base-train": resolve_text(str(tmp_path / "train.jsonl"), None)}
+    bench = replace(bench, order=bench.order.model_copy(update={"sources": sources}))
+    with pytest.raises(DataError, match=r"train\.jsonl#0: roles must alternate"):
+        trim_vocabulary.work(bench)
 
 
 def test_a_bare_encoder_gets_a_head_from_the_seed_where_one_is_trained_later(

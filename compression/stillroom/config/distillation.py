@@ -61,6 +61,15 @@ class Cache(Section):
     hidden_states: Literal["none", "last"] = "none"
     """last: keep the teacher's last hidden states too, 2 bytes a token and hidden unit."""
 
+    @model_validator(mode="after")
+    def _keeps_some_words(self) -> "Cache":
+        if (self.kind == "top_k" and self.head < 1) or (self.kind == "sampled" and self.draws < 1):
+            raise ValueError(
+                "a sampled teacher cache needs draws >= 1, a top_k one head >= 1: "
+                f"head {self.head} and draws {self.draws} came"
+            )
+        return self
+
 
 class Distillation(Section):
     """How the student learns from the cached teacher."""

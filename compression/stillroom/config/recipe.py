@@ -71,6 +71,13 @@ class Recipe(Section):
                     f"distillation.divergence: {divergence} needs distillation.cache.kind: dense, "
                     f"{kind} came; drawn probabilities would bias it"
                 )
+        # A teacher that is tuned first becomes float32.
+        halved = self.teacher.dtype == "float16" and not self.teacher.fine_tune
+        if self.distillation and halved:
+            raise ValueError(
+                "teacher.dtype: a student is trained in its teacher's numbers, and float16 is too "
+                "coarse for AdamW; set it to float32 or bfloat16"
+            )
         if "round_to_nearest" in self.controls and self.quantization is None:
             raise ValueError("controls: round_to_nearest needs a quantization section")
         if self.teacher.fine_tune and self.task == "causal_lm":

@@ -54,11 +54,11 @@ def _render_turns(document: Document, tokenizer: Any) -> tuple[str, list[tuple[i
             f"an answer with the role 'assistant' expected in the conversation {document.title}: "
             f"its roles are {', '.join(m['role'] for m in messages)}"
         )
-    whole = _render(document, messages, tokenizer, prompt=False)
+    whole = render(document, messages, tokenizer)
     spans = []
     for turn in turns:
-        before = _render(document, messages[:turn], tokenizer, prompt=True)
-        after = _render(document, messages[: turn + 1], tokenizer, prompt=False)
+        before = render(document, messages[:turn], tokenizer, prompt=True)
+        after = render(document, messages[: turn + 1], tokenizer)
         if not (after.startswith(before) and whole.startswith(after)):
             raise DataError(
                 "a chat template that leaves earlier turns as they are expected: this tokenizer's "
@@ -69,9 +69,14 @@ def _render_turns(document: Document, tokenizer: Any) -> tuple[str, list[tuple[i
     return whole, spans
 
 
-def _render(
-    document: Document, messages: Sequence[Message], tokenizer: Any, *, prompt: bool
+def render(
+    document: Document, messages: Sequence[Message], tokenizer: Any, *, prompt: bool = False
 ) -> str:
+    """Return messages of `document` in the chat template's words, `prompt`: up to an answer.
+
+    Raises:
+        DataError: the template refuses them.
+    """
     from jinja2.exceptions import TemplateError
 
     try:

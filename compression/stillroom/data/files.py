@@ -58,8 +58,8 @@ def read_documents(
 
     Raises:
         SourceError: no such file, no file of that format, or it cannot be read.
-        DataError: a column is missing, a value is of the wrong kind, bytes are not UTF-8, or there
-            is no text at all.
+        DataError: a column is missing, a value is of the wrong kind, bytes are not UTF-8, a
+            character is half of one, or there is no text at all.
     """
     columns = Columns(text_column, label_column, messages_column, family_column)
     files = _list_files(path, format)
@@ -79,7 +79,8 @@ def documents_from_rows(
     """Return one document a row; `name` says in errors where the rows come from.
 
     Raises:
-        DataError: a needed column is missing from a row, or holds the wrong kind of value.
+        DataError: a needed column is missing from a row, or holds the wrong kind of value, or
+            half of a character.
     """
     return [_document(row, columns, name, i) for i, row in enumerate(rows)]
 
@@ -248,6 +249,7 @@ def _document(row: Mapping[str, Any], columns: Columns, name: str, i: int) -> Do
         raise DataError(
             f"text expected in column {columns.text!r} of {where}: {type(text).__name__} came"
         )
+    _require_characters(text or "", columns.text, where)
     return Document(text=text or "", label=label, name=where, family=family)
 
 
@@ -256,6 +258,7 @@ def _label(value: Any, column: str, name: str, i: int) -> str:
         raise DataError(
             f"a class name or number expected in column {column!r} of {name}#{i}: {value!r} came"
         )
+    _require_characters(str(value), column, f"{name}#{i}")
     return str(value)
 
 
@@ -277,4 +280,18 @@ def _messages(value: Any, column: str, where: str) -> tuple[Message, ...]:
                 f"messages with the texts 'role' and 'content' expected in column {column!r} of "
                 f"{where}: {came} came"
             )
+        for field in ("role", "content"):
+            _require_characters(fields[field], column, where)
     return tuple({"role": m["role"], "content": m["content"]} for m in value)
+
+
+def _require_characters(text: str, column: str, where: str) -> None:
+    # JSON can hold one half of a character beyond 16 bits; no tokenizer takes it.
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"whole characters expected in column {column!r} of {where}: character {error.start} "
+            f"is \\u{ord(text[error.start]):04x}, one half of an emoji or the like that was cut; "
+            "cut the text elsewhere, or take the half away"
+        ) from error

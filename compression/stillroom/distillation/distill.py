@@ -141,6 +141,7 @@ class _CachedTeacherLoss:
         if with_hidden:
             hidden = self.cache.hidden(batch.rows)[:, : batch.length].to(logits.device)
             cosine = hidden_cosine(output.hidden_states[-1], hidden, batch.attention_mask)
+            cosine = cosine * batch.token_weight
             loss = loss + self.options.cosine_weight * cosine
             figures["hidden_cosine_distance"] = cosine.item()
         return loss, figures

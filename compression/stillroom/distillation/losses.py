@@ -212,8 +212,10 @@ def mixed_loss(
 
 
 def _soften(logits: Tensor, temperature: float) -> Tensor:
-    # Dividing by 1 would cost one more copy of the largest tensor.
-    return logits if temperature == 1 else logits / temperature
+    # A bfloat16's 8 bits are too few for differences of logarithms. What is wide enough is not
+    # copied, nor divided by 1: logits are the largest tensor of a step.
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return exact if temperature == 1 else exact / temperature
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The rows of one forward pass, and the order in which rows come."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ class Batch:
     `attention_mask` are (batch, length); `labels` is (batch, length) for a language model, not
     shifted, or (batch,) for classification; -100 is no label. `masked` says that the rows are a
     masked language model's. `length` is that of the longest row, up to seven more: other columns
-    that are padding in all rows are not there.
+    that are padding in all rows are not there. `token_weight` is what the loop wants a mean over
+    the batch's tokens multiplied by: it weighs batches by their predictions.
     """
 
     rows: Tensor
@@ -27,6 +29,7 @@ class Batch:
     attention_mask: Tensor
     labels: Tensor
     masked: bool = False
+    token_weight: float = 1.0
 
     @classmethod
     def of(cls, examples: Examples, rows: Tensor, device: torch.device) -> "Batch":
@@ -55,6 +58,27 @@ class Batch:
         """The number of labels that a loss is taken at; a causal row's first token is not one."""
         labels = self.labels[:, 1:] if self.is_causal else self.labels
         return int((labels != -100).sum())
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens that are no padding."""
+        return int(self.attention_mask.sum())
+
+
+def of_one_step(batches: Sequence[Batch]) -> list[Batch]:
+    """Return a step's batches, each with its token weight among them.
+
+    Means over tokens times this weight, averaged by predictions, are the mean over all tokens.
+    """
+    tokens = max(sum(batch.tokens for batch in batches), 1)
+    predictions = sum(batch.predictions for batch in batches)
+    weighted = []
+    for batch in batches:
+        # Of batches alike both shares are rounded alike, and the weight is exactly 1.
+        share = batch.predictions / predictions if predictions else 0.0
+        weight = batch.tokens / tokens / share if share else 0.0
+        weighted.append(replace(batch, token_weight=weight))
+    return weighted
 
 
 class RowOrder:

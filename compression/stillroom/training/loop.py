@@ -17,7 +17,7 @@ from stillroom.data.examples import Examples
 from stillroom.errors import DataError, NotFiniteError, RecipeError
 from stillroom.memory import keeping_free_memory
 from stillroom.progress import Progress, silent
-from stillroom.training.batches import Batch, RowOrder
+from stillroom.training.batches import Batch, RowOrder, of_one_step
 from stillroom.training.history import HELD_OUT_LOSS, TrainingHistory
 from stillroom.training.modes import mode, recomputing
 from stillroom.training.options import (
@@ -36,7 +36,10 @@ class LossFunction(Protocol):
     """What is minimised: a mean over the batch's predictions, with figures worth plotting."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """Return the scalar loss and named figures, each a mean over the batch's predictions."""
+        """Return the scalar loss and named figures, each a mean over the batch's predictions.
+
+        A mean over its tokens is multiplied by `batch.token_weight`.
+        """
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def train(
         NotFiniteError: the loss or the gradient is NaN or infinite; the parameters are those of
             the step before, and the last checkpoint stays.
         RecipeError: early stopping has nothing to go by; the step's batches cannot be dealt out
-            evenly.
+            evenly; a parameter that requires a gradient is float16.
         StageError: no parameter requires a gradient.
     """
     if len(examples) == 0:
@@ -181,7 +184,7 @@ class _Run:
         norm = self._clip(step)
         optimizer.step()
         seconds = time.perf_counter() - began
-        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+        tokens = sum(batch.tokens for batch in batches)
         history.steps.append(step)
         history.loss.append(loss)
         history.learning_rate.append(rate)
@@ -192,10 +195,12 @@ class _Run:
     def _batches(self, step: int) -> list[Batch]:
         size, count = self.options.batch_rows, self.options.gradient_accumulation
         first = (step - 1) * size * count
-        return [
-            Batch.of(self.examples, self.order.rows_at(first + i * size, size), self.device)
-            for i in range(count)
-        ]
+        return of_one_step(
+            [
+                Batch.of(self.examples, self.order.rows_at(first + i * size, size), self.device)
+                for i in range(count)
+            ]
+        )
 
     def _accumulate(self, step: int, batches: list[Batch]) -> tuple[float, dict[str, float]]:
         # Weighted by their predictions, so that several small batches equal one large one.

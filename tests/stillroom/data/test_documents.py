@@ -149,6 +149,12 @@ def test_conversations_are_read_as_lists_and_as_json(tmp_path: Path) -> None:
         ("t.jsonl", b'{"text": "a"}\n{"te', DataError, "line 2"),
         ("t.jsonl", b"[1]", DataError, "line 1 is not one"),
         ("t.jsonl", b'{"text": 3}', DataError, "int came"),
+        (
+            "t.jsonl",
+            b'{"text": "a"}\n{"text": "so \\ud83d"}',
+            DataError,
+            r"column 'text' of t\.jsonl#1: character 3 is \\ud83d, one half",
+        ),
         ("t.txt", b" \n\n ", DataError, "it is empty; give a file"),
         ("t.txt", b"abc\xff\xfe", DataError, r"t\.txt: byte 3 is 0xff"),
         ("t.parquet", b"PAR1", DataError, "a Parquet file expected"),
@@ -176,6 +182,12 @@ def test_missing_places_say_so(tmp_path: Path) -> None:
         ({"m": [], "y": "1"}, "a list of messages expected"),
         ({"m": [{"from": "human", "value": "hi"}], "y": "1"}, "from, value came"),
         ({"m": "[not json", "y": "1"}, "JSON expected"),
+        (
+            {"m": [{"role": "user", "content": "\udc00"}], "y": "1"},
+            r"'m' of t\.jsonl#0: character 0",
+        ),
+        ({"m": json.dumps([{"role": "\ud83d", "content": "a"}]), "y": "1"}, "whole characters"),
+        ({"m": [{"role": "user", "content": "hi"}], "y": "\ud83d"}, "whole .* column 'y'"),
         ({"m": [{"role": "user", "content": "hi"}], "y": None}, "class name or number .* None"),
     ],
 )

@@ -184,6 +184,24 @@ def test_hidden_states_come_closer_in_direction(tmp_path):
     assert history.figures["hidden_cosine_distance"] == [pytest.approx(expected, abs=1e-4)]
 
 
+def test_small_batches_of_unequal_labels_have_the_cosine_of_one_large_batch(tmp_path):
+    rows = token_rows(4, padding=3)
+    labels = rows.labels.clone()
+    labels[:2, :8] = -100  # a long prompt: fewer labels than tokens
+    rows = replace(rows, labels=labels)
+    cache = cached(tmp_path, tiny_llama(seed=1), rows, hidden_states="last")
+
+    def once(batch_rows, count):
+        training = replace(TRAINING, steps=1, batch_rows=batch_rows, gradient_accumulation=count)
+        options = replace(OPTIONS, soft_weight=0.5, cosine_weight=1.0, training=training)
+        history = distill(tiny_llama(seed=2), Taught(rows, cache), options)
+        figures = [history.loss[0], history.gradient_norm[0]]
+        return figures + [each[0] for each in history.figures.values()]
+
+    for batch_rows, count in ((1, 4), (2, 2)):
+        assert once(batch_rows, count) == pytest.approx(once(4, 1), rel=1e-5)
+
+
 def test_the_cosine_needs_hidden_states(tmp_path):
     teacher, examples = tiny_llama(layers=3), token_rows(8)
     cache = cached(tmp_path, teacher, examples)

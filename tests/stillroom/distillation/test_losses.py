@@ -140,6 +140,24 @@ def test_each_divergence_is_named(divergence, loss):
             soft_loss(student, sparse, labels, divergence, 2.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", [dense_kl, dense_cross_entropy, reverse_kl, jensen_shannon])
+def test_half_logits_are_compared_as_exactly_as_float32_ones(loss, dtype):
+    student, teacher, labels = (
+        each.to(dtype) if each.is_floating_point() else each for each in case(6)
+    )
+    for temperature in (1.0, 2.0):
+        one, other = student.clone().requires_grad_(), student.float().requires_grad_()
+        found = loss(one, teacher.float(), labels, temperature)
+        expected = loss(other, teacher.float(), labels, temperature)
+        assert found.item() == pytest.approx(expected.item(), abs=1e-6)
+        found.backward()
+        expected.backward()
+        torch.testing.assert_close(one.grad, other.grad.to(dtype))
+    if loss is not dense_cross_entropy:
+        assert loss(student, student.float(), labels).item() == pytest.approx(0, abs=1e-6)
+
+
 def test_cosine_of_hidden_states():
     teacher = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [9.0, 9.0]]])
     student = torch.tensor([[[3.0, 0.0], [5.0, 0.0], [-1.0, 0.0]]])

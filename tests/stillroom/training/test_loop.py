@@ -77,6 +77,14 @@ def test_resumed_run_ends_with_the_same_bytes(tmp_path, killed_at):
     assert history.figures == expected.figures
 
 
+def test_float16_parameters_are_not_trained():
+    with pytest.raises(
+        RecipeError, match=r"of \d+ are float16 \(model\.embed_tokens\.weight first"
+    ):
+        train(tiny_llama().half(), token_rows(4), cross_entropy, OPTIONS)
+    train(tiny_llama().bfloat16(), token_rows(4), cross_entropy, replace(OPTIONS, steps=1))
+
+
 def test_checkpoint_of_another_run_is_refused_saying_what_differs(tmp_path):
     checkpoints = FolderCheckpoints(tmp_path)
     examples = token_rows()
