@@ -222,12 +222,19 @@ def require_label_head(folder: Path) -> None:
     Raises:
         SourceError: it is one.
     """
-    name = (read_config(folder).get("architectures") or [""])[0]
-    if name.endswith("Model"):
+    config = read_config(folder)
+    if lacks_label_head(config):
         raise SourceError(
-            f"this version holds a {name}, which has no head that names classes: load an adapter "
-            "that was registered on it"
+            f"this version holds a {config['architectures'][0]}, which has no head that names "
+            "classes: load an adapter that was registered on it"
         )
+
+
+def lacks_label_head(config: dict[str, Any]) -> bool:
+    """Return whether a config.json is of a model that would get a random head as a classifier."""
+    name = (config.get("architectures") or [""])[0]
+    own = "AutoModelForSequenceClassification" in config.get("auto_map", {})
+    return bool(name) and not name.endswith("Classification") and not own
 
 
 @contextmanager

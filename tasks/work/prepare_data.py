@@ -1,6 +1,7 @@
 """Turn texts into rows of tokens: to learn from, to measure on, to calibrate with."""
 
 from stillroom.data.prepare import PrepareOptions, prepare, save_prepared
+from stillroom.labels import label_order
 from stillroom.models import load_tokenizer, tokenizer_hash
 from tasks.work.bench import Bench, Result
 from tasks.work.texts import read_texts
@@ -13,10 +14,19 @@ def work(bench: Bench) -> Result:
     section = bench.section
     train = read_texts(bench, "train")
     evaluation = read_texts(bench, "evaluation") if "evaluation" in bench.order.sources else None
-    tokenizer = load_tokenizer(bench.inputs["teacher"])
+    teacher = bench.inputs["teacher"]
+    tokenizer = load_tokenizer(teacher)
     options = PrepareOptions(
         seed=bench.order.seed, **{name: section[name] for name in OPTIONS & section.keys()}
     )
-    data = prepare(options, train, evaluation, tokenizer, tokenizer_hash(tokenizer), bench.progress)
+    data = prepare(
+        options,
+        train,
+        evaluation,
+        tokenizer,
+        tokenizer_hash(tokenizer),
+        bench.progress,
+        label_order=label_order(teacher) if bench.task == "sequence_classification" else (),
+    )
     save_prepared(data, bench.output)
     return Result(licence="as its texts", metrics=data.statistics)
