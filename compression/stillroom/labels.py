@@ -1,6 +1,7 @@
 """Which classes a model knows, and whether they are those of the rows that it is asked about."""
 
 from pathlib import Path
+from typing import Any
 
 from stillroom.errors import MismatchError, SourceError
 from stillroom.models import lacks_label_head, load_config, read_config
@@ -14,8 +15,8 @@ def label_order(folder: Path) -> tuple[str, ...]:
     Raises:
         SourceError: the folder holds no model that transformers knows.
     """
-    names = load_config(folder).id2label
-    return tuple(str(names[i]) for i in sorted(names))
+    names: dict[Any, Any] = load_config(folder).id2label or {}
+    return tuple(str(names[place]) for place in sorted(names, key=int))
 
 
 def require_known_labels(folder: Path, label_names: tuple[str, ...]) -> None:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:  # a tokenizer needs nothing of what models are loaded with, w
 
 Task = Literal["causal_lm", "masked_lm", "sequence_classification", "seq2seq_lm"]
 Weights = Literal["dense", "packed"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+# Of the decoders those whose classifier's head is not called `score`.
+POOL_AT_PADDING = ("ctrl", "modernbert-decoder")
 
 
 def model_class(task: Task) -> Any:
@@ -106,6 +109,8 @@ def load_pretrained(
             trust_remote_code=code_is_trusted(),
             **further,
         )
+        if task == "sequence_classification":
+            _tell_padding(model, Path(folder))
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -129,9 +134,12 @@ def new_model(folder: Path, config: PreTrainedConfig, *, task: Task, dtype: torc
         SourceError: transformers has no such model for the task.
     """
     with _loading(folder, f"cannot be loaded as {task}"):
-        return model_class(task).from_config(
+        model = model_class(task).from_config(
             config, dtype=dtype, trust_remote_code=code_is_trusted()
         )
+        if task == "sequence_classification":
+            _tell_padding(model, folder)
+        return model
 
 
 def load_tokenizer(folder: Path | str) -> Any:
@@ -235,6 +243,16 @@ def lacks_label_head(config: dict[str, Any]) -> bool:
     name = (config.get("architectures") or [""])[0]
     own = "AutoModelForSequenceClassification" in config.get("auto_map", {})
     return bool(name) and not name.endswith("Classification") and not own
+
+
+def _tell_padding(model: Any, folder: Path) -> None:
+    """Have a classifier that reads the last token before padding know what rows are padded with."""
+    # Encoders are left alone: some count positions from the padding that they were trained with.
+    pools = hasattr(model, "score") or model.config.model_type in POOL_AT_PADDING
+    if pools and any((folder / name).exists() for name in TOKENIZER_FILES):
+        from stillroom.data.tokens import padding_id
+
+        model.config.get_text_config().pad_token_id = padding_id(load_tokenizer(folder))
 
 
 @contextmanager
