@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -89,6 +90,8 @@ def load_pretrained(
 ) -> "PreTrainedModel":
     """Return the full-precision model in `folder`, with a new head where `label_names` ask for one.
 
+    A head for another number of classes is not kept.
+
     Raises:
         SourceError: transformers cannot load it.
     """
@@ -98,6 +101,7 @@ def load_pretrained(
             "num_labels": len(label_names),
             "id2label": dict(enumerate(label_names)),
             "label2id": {name: i for i, name in enumerate(label_names)},
+            "ignore_mismatched_sizes": load_config(Path(folder)).num_labels != len(label_names),
         }
     if laid_out is not None:
         further |= {"device_map": laid_out.device_map, "offload_folder": str(laid_out.offloaded)}
@@ -111,6 +115,19 @@ def load_pretrained(
         )
         if task == "sequence_classification":
             _tell_padding(model, Path(folder))
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def load_body(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    """Return the full-precision model in `folder` without a head.
+
+    Raises:
+        SourceError: transformers cannot load it.
+    """
+    with _loading(folder, "cannot be loaded without its head"):
+        model = AutoModel.from_pretrained(
+            str(folder), dtype=dtype, use_safetensors=True, trust_remote_code=code_is_trusted()
+        )
     return model.eval()  # type: ignore[no-any-return]
 
 
