@@ -46,10 +46,13 @@ def plan_capture(
     """Return what the order asks of the teacher, whose tokenizer is loaded for its hash if need be.
 
     Raises:
-        MismatchError: the rows were made with another tokenizer.
+        MismatchError: the rows were made with another tokenizer, or their labels are not those of
+            a teacher that names classes.
+        SourceError: it is to name classes, and has no head for that.
     """
     from stillroom.data.prepare import load_prepared
     from stillroom.distillation.teacher_cache import CacheOptions, CapturePlan
+    from stillroom.labels import require_known_labels
 
     if tokenizer_hash is None:
         from stillroom import models
@@ -68,6 +71,8 @@ def plan_capture(
         hidden_states=section["hidden_states"],
     )
     data = load_prepared(inputs["data"])
+    if data.train.label_names:
+        require_known_labels(inputs["teacher"], data.train.label_names)
     return CapturePlan(
         data.evaluation if section.get("rows") == "evaluation" else data.train,
         options,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -30,6 +31,9 @@ if TYPE_CHECKING:  # a tokenizer needs nothing of what models are loaded with, w
 
 Task = Literal["causal_lm", "masked_lm", "sequence_classification", "seq2seq_lm"]
 Weights = Literal["dense", "packed"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+# Of the decoders those whose classifier's head is not called `score`.
+POOL_AT_PADDING = ("ctrl", "modernbert-decoder")
 
 
 def model_class(task: Task) -> Any:
@@ -86,6 +90,8 @@ def load_pretrained(
 ) -> "PreTrainedModel":
     """Return the full-precision model in `folder`, with a new head where `label_names` ask for one.
 
+    A head for another number of classes is not kept.
+
     Raises:
         SourceError: transformers cannot load it.
     """
@@ -95,6 +101,7 @@ def load_pretrained(
             "num_labels": len(label_names),
             "id2label": dict(enumerate(label_names)),
             "label2id": {name: i for i, name in enumerate(label_names)},
+            "ignore_mismatched_sizes": load_config(Path(folder)).num_labels != len(label_names),
         }
     if laid_out is not None:
         further |= {"device_map": laid_out.device_map, "offload_folder": str(laid_out.offloaded)}
@@ -105,6 +112,21 @@ def load_pretrained(
             use_safetensors=True,
             trust_remote_code=code_is_trusted(),
             **further,
+        )
+        if task == "sequence_classification":
+            _tell_padding(model, Path(folder))
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def load_body(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    """Return the full-precision model in `folder` without a head.
+
+    Raises:
+        SourceError: transformers cannot load it.
+    """
+    with _loading(folder, "cannot be loaded without its head"):
+        model = AutoModel.from_pretrained(
+            str(folder), dtype=dtype, use_safetensors=True, trust_remote_code=code_is_trusted()
         )
     return model.eval()  # type: ignore[no-any-return]
 
@@ -129,9 +151,12 @@ def new_model(folder: Path, config: PreTrainedConfig, *, task: Task, dtype: torc
         SourceError: transformers has no such model for the task.
     """
     with _loading(folder, f"cannot be loaded as {task}"):
-        return model_class(task).from_config(
+        model = model_class(task).from_config(
             config, dtype=dtype, trust_remote_code=code_is_trusted()
         )
+        if task == "sequence_classification":
+            _tell_padding(model, folder)
+        return model
 
 
 def load_tokenizer(folder: Path | str) -> Any:
@@ -222,12 +247,29 @@ def require_label_head(folder: Path) -> None:
     Raises:
         SourceError: it is one.
     """
-    name = (read_config(folder).get("architectures") or [""])[0]
-    if name.endswith("Model"):
+    config = read_config(folder)
+    if lacks_label_head(config):
         raise SourceError(
-            f"this version holds a {name}, which has no head that names classes: load an adapter "
-            "that was registered on it"
+            f"this version holds a {config['architectures'][0]}, which has no head that names "
+            "classes: load an adapter that was registered on it"
         )
+
+
+def lacks_label_head(config: dict[str, Any]) -> bool:
+    """Return whether a config.json is of a model that would get a random head as a classifier."""
+    name = (config.get("architectures") or [""])[0]
+    own = "AutoModelForSequenceClassification" in config.get("auto_map", {})
+    return bool(name) and not name.endswith("Classification") and not own
+
+
+def _tell_padding(model: Any, folder: Path) -> None:
+    """Have a classifier that reads the last token before padding know what rows are padded with."""
+    # Encoders are left alone: some count positions from the padding that they were trained with.
+    pools = hasattr(model, "score") or model.config.model_type in POOL_AT_PADDING
+    if pools and any((folder / name).exists() for name in TOKENIZER_FILES):
+        from stillroom.data.tokens import padding_id
+
+        model.config.get_text_config().pad_token_id = padding_id(load_tokenizer(folder))
 
 
 @contextmanager

@@ -220,7 +220,11 @@ class ServedModel:
         """Yield token ids (texts, length) and the logits of some texts at a time, cut to fit."""
         import torch
 
+        from stillroom.data.tokens import padding_id
+
         longest = self._longest()
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token_id = padding_id(self.tokenizer)
         for start in range(0, len(texts), READ_AT_ONCE):
             encoded = self.tokenizer(
                 texts[start : start + READ_AT_ONCE],

@@ -15,6 +15,7 @@ from stillroom.data.prepare import (
     save_prepared,
 )
 from stillroom.errors import RecipeError
+from stillroom.labels import label_order
 from stillroom.models import load_config, load_tokenizer, new_model, quiet, tokenizer_hash
 from tasks.work.bench import Bench, Result
 from tasks.work.texts import read_texts
@@ -28,12 +29,21 @@ def work(bench: Bench) -> Result:
     section = bench.section
     train = read_texts(bench, "train")
     evaluation = read_texts(bench, "evaluation") if "evaluation" in bench.order.sources else None
-    tokenizer = load_tokenizer(bench.inputs["teacher"])
+    teacher = bench.inputs["teacher"]
+    tokenizer = load_tokenizer(teacher)
     options = PrepareOptions(
         seed=bench.order.seed, **{name: section[name] for name in OPTIONS & section.keys()}
     )
-    data = prepare(options, train, evaluation, tokenizer, tokenizer_hash(tokenizer), bench.progress)
-    _require_positions(data, bench.inputs["teacher"], options.task)
+    data = prepare(
+        options,
+        train,
+        evaluation,
+        tokenizer,
+        tokenizer_hash(tokenizer),
+        bench.progress,
+        label_order=label_order(teacher) if bench.task == "sequence_classification" else (),
+    )
+    _require_positions(data, teacher, options.task)
     save_prepared(data, bench.output)
     return Result(licence="as its texts", metrics=data.statistics)
 

@@ -1,6 +1,7 @@
 """Cut the teacher's vocabulary down to the words that the recipe's texts use."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from stillroom.data.documents import Document
 from stillroom.data.examples import Examples
 from stillroom.evaluation.reload import measure_reload
 from stillroom.models import (
+    lacks_label_head,
+    load_body,
     load_pretrained,
     load_tokenizer,
     read_config,
@@ -34,7 +37,7 @@ def work(bench: Bench) -> Result:
     keep = words_to_keep(tokenizer, counts, minimum=bench.section["minimum_uses"])
     model, tokenizer = trim_vocabulary(_teacher(bench), tokenizer, keep)
     save_model(model, tokenizer, bench.output)
-    reload = measure_reload(model, bench.load(bench.output), _first_words(len(keep)))
+    reload = measure_reload(model, _load(bench, bench.output), _first_words(len(keep)))
     used, lost = sum(counts.values()), sum(counts[word] for word in counts.keys() - set(keep))
     metrics = {
         "words": float(len(keep)),
@@ -46,14 +49,22 @@ def work(bench: Bench) -> Result:
 
 
 def _teacher(bench: Bench) -> PreTrainedModel:
-    """Return the teacher, with a head of weights from the seed where it is to be trained later."""
+    """Return the teacher, with weights from the seed where they are to be trained later."""
     folder = bench.inputs["teacher"]
-    if not bench.section.get("new_head"):
-        return bench.load(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(bench.order.seed)
+        if not bench.section.get("new_head"):
+            return _load(bench, folder)
         dtype = saved_dtype(read_config(folder))
         return load_pretrained(folder, task=bench.task, dtype=dtype)
+
+
+def _load(bench: Bench, folder: Path) -> PreTrainedModel:
+    """Return the model in `folder`; without a head where it would get one for unknown classes."""
+    config = read_config(folder)
+    if bench.task != "sequence_classification" or not lacks_label_head(config):
+        return bench.load(folder)
+    return load_body(folder, saved_dtype(config)).to(bench.device)  # type: ignore[no-any-return, arg-type]
 
 
 def _first_words(count: int) -> Examples:

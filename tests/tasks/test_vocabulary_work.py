@@ -8,12 +8,21 @@ from typing import Any
 import pytest
 import torch
 
+from stillroom.config import Training
+from stillroom.data.documents import Document
+from stillroom.data.prepare import PrepareOptions, prepare, save_prepared
 from stillroom.errors import DataError, SourceError
-from stillroom.models import load_model, load_tokenizer, save_model, tokenizer_hash
+from stillroom.models import (
+    load_model,
+    load_tokenizer,
+    read_config,
+    save_model,
+    tokenizer_hash,
+)
 from tasks.sources import resolve_text
-from tasks.stages import TRIM_VOCABULARY
-from tasks.work import trim_vocabulary
-from tests.stillroom.tiny import tiny_bert_masked, tiny_llama
+from tasks.stages import TRIM_VOCABULARY, TUNE_TEACHER, as_json
+from tasks.work import trim_vocabulary, tune_teacher
+from tests.stillroom.tiny import tiny_bert_classifier, tiny_bert_masked, tiny_llama
 from tests.stillroom.trained_tokenizers import trained
 from tests.tasks.benches import new_bench
 
@@ -128,3 +137,82 @@ def test_a_bare_encoder_gets_a_head_from_the_seed_where_one_is_trained_later(
     assert model.config.vocab_size < len(tokenizer)
     with pytest.raises(SourceError, match=r"set teacher\.fine_tune"):
         work(tmp_path / "untrained", new_head=False)
+
+
+CLASSIFY = {"task": "sequence_classification", "device": "cpu"}
+
+
+def trim_classifier(teacher: Path, place: Path) -> Path:
+    """Trim a teacher for classes to the words of a text."""
+    place.mkdir()
+    (place / "train.jsonl").write_text(json.dumps({"text": TRAIN[0]}) + "\n")
+    section = {"minimum_uses": 1, "base-train": TEXT}
+    bench = new_bench(TRIM_VOCABULARY, section, place, {"teacher": teacher})
+    sources = {"base-train": resolve_text(str(place / "train.jsonl"), None)}
+    order = bench.order.model_copy(update={"section": section | CLASSIFY, "sources": sources})
+    metrics = trim_vocabulary.work(replace(bench, order=order)).metrics
+    assert metrics["reload_max_difference"] < 1e-6 < metrics["reload_max_logit"]
+    return bench.output
+
+
+def tune_classifier(teacher: Path, place: Path) -> Path:
+    """Tune a teacher on texts of three classes."""
+    place.mkdir()
+    tokenizer = load_tokenizer(teacher)
+    documents = [
+        Document(text=f"the {word} fox number {i} of the dog", label=word)
+        for word in ("quick", "brown", "lazy")
+        for i in range(4)
+    ]
+    options = PrepareOptions(
+        task="sequence_classification", sequence_length=16, calibration_rows=0, leak_ngram=50
+    )
+    data = prepare(options, documents, None, tokenizer, tokenizer_hash(tokenizer))
+    save_prepared(data, place / "data")
+    section = {"training": as_json(Training(steps=2))}
+    inputs = {"teacher": teacher, "data": place / "data"}
+    bench = new_bench(TUNE_TEACHER, section, place, inputs)
+    order = bench.order.model_copy(update={"section": section | CLASSIFY})
+    tune_teacher.work(replace(bench, order=order))
+    return bench.output
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "BertForMaskedLM", "LlamaForCausalLM"])
+def test_a_teacher_without_a_head_for_classes_gets_none_until_it_is_tuned(
+    tmp_path: Path, kind: str
+) -> None:
+    tokenizer = trained("bpe")
+    words = len(tokenizer)
+    masked = tiny_bert_masked(vocab=words)
+    model = {"BertModel": masked.bert, "BertForMaskedLM": masked}.get(kind, tiny_llama(vocab=words))
+    save_model(model, tokenizer, tmp_path / "teacher")
+    assert read_config(tmp_path / "teacher")["architectures"] == [kind]
+    folders = []
+    for name in ("first", "again"):
+        torch.manual_seed(len(folders))
+        folders.append(trim_classifier(tmp_path / "teacher", tmp_path / name))
+    first, again = ((folder / "model.safetensors").read_bytes() for folder in folders)
+    assert first == again
+    config = read_config(folders[0])
+    assert config["architectures"] == ["LlamaModel" if "Llama" in kind else "BertModel"]
+    assert config["vocab_size"] < words
+    tuned = load_model(tune_classifier(folders[0], tmp_path / "tuned"), task=CLASSIFY["task"])
+    assert tuned.config.id2label == {0: "brown", 1: "lazy", 2: "quick"}
+
+
+def test_a_ready_made_classifier_keeps_its_head_until_it_learns_other_classes(
+    tmp_path: Path,
+) -> None:
+    tokenizer = trained("bpe")
+    model = tiny_bert_classifier(vocab=len(tokenizer), labels=2)
+    save_model(model, tokenizer, tmp_path / "teacher")
+    trimmed = trim_classifier(tmp_path / "teacher", tmp_path / "trim")
+    head = load_model(trimmed, task=CLASSIFY["task"]).classifier.weight
+    assert torch.equal(head, model.classifier.weight)
+    torch.manual_seed(1)
+    first = tune_classifier(trimmed, tmp_path / "first")
+    torch.manual_seed(2)
+    again = tune_classifier(trimmed, tmp_path / "again")
+    assert load_model(first, task=CLASSIFY["task"]).config.num_labels == 3
+    file = "model.safetensors"
+    assert (first / file).read_bytes() == (again / file).read_bytes()

@@ -1,6 +1,8 @@
 """From documents to the three sets of rows that all stages read."""
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -67,12 +69,17 @@ def prepare(
     tokenizer: Any,
     tokenizer_hash: str,
     progress: Progress = silent,
+    *,
+    label_order: Sequence[str] = (),
 ) -> PreparedData:
     """Return tokenised training, evaluation and calibration rows.
 
     In this order: filter, deduplicate, split (where no evaluation text is given), look for
     evaluation text in the training text, tokenise, cut to the token budgets, draw calibration
     rows from what is left of training.
+
+    Labels take the places that they have in `label_order`, which is a model's own, where all of
+    them are in it; else they are sorted, numbers by value.
 
     Raises:
         DataError: too little text is left at one of the steps, labels do not fit, or, with
@@ -88,7 +95,7 @@ def prepare(
     else:
         kept_evaluation = _clean(evaluation, options, statistics)
     kept_train = _without_leaks(kept_train, kept_evaluation, options, statistics)
-    label_names = _label_names(kept_train, options)
+    label_names = _label_names(kept_train, options, label_order)
     sets = {}
     for name, documents, budget in (
         ("train", kept_train, options.max_train_tokens),
@@ -187,16 +194,24 @@ def _without_leaks(
     return train
 
 
-def _label_names(train: list[Document], options: PrepareOptions) -> tuple[str, ...]:
+def _label_names(
+    train: list[Document], options: PrepareOptions, label_order: Sequence[str]
+) -> tuple[str, ...]:
     if options.task != "sequence_classification":
         return ()
-    labels = sorted({document.label for document in train if document.label is not None})
+    found = {document.label for document in train if document.label is not None}
+    labels = sorted(found, key=_by_value)
     if len(labels) < 2:
         raise DataError(
             f"two labels or more expected for classification: {', '.join(labels) or 'none'} came; "
             "name the label column, or set on_leak and the filters so that labels are left"
         )
-    return tuple(labels)
+    return tuple(label_order if found <= set(label_order) else labels)
+
+
+def _by_value(label: str) -> tuple[bool, int, str]:
+    number = re.fullmatch("-?[0-9]+", label)
+    return number is None, int(label) if number else 0, label
 
 
 def _tokenise(

@@ -61,7 +61,7 @@ def tokenise_causal(
     ids, mask, labels, rows_of = (
         _pack(encoded, owners, sequence_length)
         if pack
-        else _pad(encoded, owners, sequence_length, _padding(tokenizer))
+        else _pad(encoded, owners, sequence_length, padding_id(tokenizer))
     )
     total = sum(len(tokens) for tokens, _ in encoded)
     truncated = total - int(mask.sum())
@@ -111,7 +111,7 @@ def tokenise_masked(
     else:
         whole = [np.concatenate([before, text[:inside], after]) for text in texts]
         rows = [(row, row) for row in whole]
-        ids, mask, _, rows_of = _pad(rows, owners, sequence_length, _padding(tokenizer))
+        ids, mask, _, rows_of = _pad(rows, owners, sequence_length, padding_id(tokenizer))
         truncated = sum(max(0, len(text) - inside) for text in texts)
     ids, labels = mask_rows(ids, mask, tokenizer, masked_fraction, seed)
     learned = (labels != NO_LOSS).any(dim=1)  # (rows,)
@@ -157,7 +157,7 @@ def tokenise_classification(
         progress(min(start + BATCH_DOCUMENTS, len(documents)), len(documents), "documents")
     encoded = [(row, row) for row in sequences]
     owners = number_groups(documents)
-    ids, mask, _, rows_of = _pad(encoded, owners, sequence_length, _padding(tokenizer))
+    ids, mask, _, rows_of = _pad(encoded, owners, sequence_length, padding_id(tokenizer))
     labels = torch.tensor([positions[d.label] for d in documents if d.label is not None])
     examples = Examples(ids, mask, labels, rows_of, tokenizer_hash, label_names)
     return Tokenised(examples, total - examples.tokens, 0)
@@ -233,7 +233,8 @@ def _pad(
     return ids, mask, labels, torch.tensor(owners)
 
 
-def _padding(tokenizer: Any) -> int:
+def padding_id(tokenizer: Any) -> int:
+    """Return what rows are padded with: the padding, or else what ends or parts texts, or 0."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id):
         if token is not None:
             return int(token)

@@ -108,12 +108,15 @@ def evaluating(modules: list[PreTrainedModel]) -> Iterator[None]:
 
 
 def predict(model: PreTrainedModel, batch: Examples) -> Tensor:
-    """Return logits: (rows, length, vocab) of a language model, (rows, labels) of a classifier."""
+    """Return logits: (rows, length, vocab) of a language model, (rows, labels) of a classifier.
+
+    Of a model without a head they are the last hidden states, (rows, length, hidden).
+    """
     device = input_device(model)
     output = model(
         input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device)
     )
-    logits: Tensor = output.logits
+    logits: Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
     if logits.dim() == 3:
         # Prompt tuning puts its virtual tokens in front: the text's positions are the last ones.
         logits = logits[:, -batch.input_ids.shape[1] :]

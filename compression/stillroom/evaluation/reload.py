@@ -13,7 +13,7 @@ __all__ = ["ReloadCheck", "measure_reload"]
 def measure_reload(
     in_memory: PreTrainedModel, reloaded: PreTrainedModel, examples: Examples, *, rows: int = 2
 ) -> ReloadCheck:
-    """Compare the logits of two models on the first `rows` examples, padding left out.
+    """Compare what `predict` says of two models on the first `rows` examples, padding left out.
 
     Raises:
         MismatchError: the logits have different shapes.

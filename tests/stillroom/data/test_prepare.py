@@ -230,3 +230,24 @@ def test_labels_must_be_there_and_known() -> None:
 def test_no_calibration_may_be_asked_for() -> None:
     data = prepare(replace(OPTIONS, calibration_rows=0), documents(), None, tiny_tokenizer(), "h")
     assert len(data.calibration) == 0
+
+
+def test_labels_take_the_places_of_a_model_that_knows_them() -> None:
+    options = replace(OPTIONS, task="sequence_classification")
+
+    def prepared(*order: str) -> Examples:
+        return prepare(options, documents(), None, tiny_tokenizer(), "h", label_order=order).train
+
+    known, all_three = prepared("odd", "even"), prepared("odd", "neither", "even")
+    assert known.label_names == ("odd", "even")
+    assert all_three.label_names == ("odd", "neither", "even")
+    assert torch.equal(all_three.labels, 2 * known.labels)
+    assert torch.equal(prepared().labels, 1 - known.labels)
+    assert prepared("LABEL_0", "LABEL_1").label_names == ("even", "odd")
+
+
+def test_numbers_are_classes_in_their_order() -> None:
+    options = replace(OPTIONS, task="sequence_classification", held_out_fraction=0.1)
+    texts = [replace(text, label=str(i % 12)) for i, text in enumerate(documents(120))]
+    data = prepare(options, texts, None, tiny_tokenizer(), "h")
+    assert data.train.label_names == tuple(str(i) for i in range(12))

@@ -1,0 +1,94 @@
+"""A teacher that names classes: its own order is that of the rows, and others are refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillroom.config import Distillation
+from stillroom.data.prepare import load_prepared
+from stillroom.errors import MismatchError, SourceError
+from stillroom.models import save_model
+from tasks.cache_worker import plan_capture
+from tasks.sources import resolve_text
+from tasks.stages import CACHE_TEACHER, PREPARE_DATA, Order, Stage, as_json
+from tasks.work import prepare_data
+from tasks.work.bench import Bench
+from tests.stillroom.tiny import tiny_bert_classifier, tiny_masked_tokenizer
+from tests.tasks.benches import new_bench
+
+TEXT = {
+    "format": "auto",
+    "config": None,
+    "split": "train",
+    "text_column": "text",
+    "label_column": "label",
+    "messages_column": None,
+}
+CLASSIFY = {"task": "sequence_classification"}
+
+
+def teacher(folder: Path, *names: str) -> Path:
+    tokenizer = tiny_masked_tokenizer()
+    model = tiny_bert_classifier(vocab=len(tokenizer), labels=len(names))
+    model.config.id2label = dict(enumerate(names))
+    save_model(model, tokenizer, folder)
+    return folder
+
+
+def bench_of(stage: Stage, section: dict[str, Any], place: Path, inputs: dict[str, Path]) -> Bench:
+    bench = new_bench(stage, section, place, inputs)
+    order = bench.order.model_copy(update={"section": bench.order.section | CLASSIFY})
+    return replace(bench, order=order)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Any:
+    labels = ("World", "Business")
+    lines = [
+        json.dumps({"text": f"{'abcdefghij'[i]} " * 12, "label": labels[i % 2]}) for i in range(10)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+
+    def prepared(teacher: Path) -> Path:
+        section = {"train": TEXT, "sequence_length": 16, "calibration_rows": 2}
+        place = teacher / "rows"
+        place.mkdir()
+        bench = bench_of(PREPARE_DATA, section, place, {"teacher": teacher})
+        source = resolve_text(str(tmp_path / "train.jsonl"), None)
+        order = bench.order.model_copy(update={"sources": {"train": source}})
+        prepare_data.work(replace(bench, order=order))
+        return bench.output
+
+    return prepared
+
+
+def ordered_cache(inputs: dict[str, Path]) -> Order:
+    section = as_json(Distillation.model_validate({}).cache) | {"temperature": 1.0} | CLASSIFY
+    keys = {role: role[0] * 64 for role in inputs}
+    return Order(title="cache", stage=CACHE_TEACHER, section=section, seed=0, inputs=keys)
+
+
+def test_the_rows_have_the_teachers_order(tmp_path: Path, rows: Any) -> None:
+    folder = teacher(tmp_path / "teacher", "World", "Business")
+    inputs = {"teacher": folder, "data": rows(folder)}
+    assert load_prepared(inputs["data"]).train.label_names == ("World", "Business")
+    assert len(plan_capture(ordered_cache(inputs), inputs).examples) == 9
+
+
+def test_a_teacher_of_other_classes_makes_no_cache(tmp_path: Path, rows: Any) -> None:
+    folder = teacher(tmp_path / "teacher", "good", "bad")
+    inputs = {"teacher": folder, "data": rows(folder)}
+    with pytest.raises(MismatchError, match=r"2 classes are good, bad, the 2 .* Business, World"):
+        plan_capture(ordered_cache(inputs), inputs)
+
+
+def test_a_teacher_without_a_head_makes_no_cache(tmp_path: Path, rows: Any) -> None:
+    tokenizer = tiny_masked_tokenizer()
+    bare = tiny_bert_classifier(vocab=len(tokenizer)).bert
+    save_model(bare, tokenizer, tmp_path / "teacher")
+    inputs = {"teacher": tmp_path / "teacher", "data": rows(tmp_path / "teacher")}
+    with pytest.raises(SourceError, match=r"holds a BertModel, .* set teacher\.fine_tune"):
+        plan_capture(ordered_cache(inputs), inputs)
