@@ -65,6 +65,8 @@ class AdaptedModel(nn.Module):
         self.adapters = nn.ModuleDict()
         self.selected: str | None = None
         self.identity: BaseIdentity = identify(base)
+        # What is put on a base that computes without dropout does so too.
+        self.training = self.adapters.training = base.training
 
     def add(
         self, name: str, options: AdapterOptions, *, task: Task = "causal_lm", seed: int = 0

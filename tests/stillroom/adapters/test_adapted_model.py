@@ -1,6 +1,7 @@
 """What holds of every method: one base, many adapters, none of which disturbs another."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -158,6 +159,22 @@ def test_what_is_selected_stays_so_after_a_mixed_batch():
     logits(model, "causal_lm", adapter_names=["a", "b", None, "b"] * 2)
     assert model.selected == "a"
     assert torch.equal(logits(model, "causal_lm"), before)
+
+
+@every_method
+def test_on_a_base_that_is_evaluated_an_adapter_is_too(method, tmp_path):
+    options, task = OPTIONS[method], "sequence_classification"
+    if isinstance(options, LoraOptions):
+        options = replace(options, dropout=0.5)
+    model = AdaptedModel(MODELS[task]())
+    model.add("a", options, task=task)
+    train_adapter(model, "a", ROWS[task](), TRAINING)
+    assert not any(module.training for module in model.modules())
+    save_adapter(model, "a", tmp_path, "base")
+    loaded = AdaptedModel(MODELS[task]())
+    load_into(loaded, "a", tmp_path)
+    assert torch.equal(logits(loaded, task), logits(loaded, task))
+    assert AdaptedModel(MODELS[task]().train()).training
 
 
 @every_method
