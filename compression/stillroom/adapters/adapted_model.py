@@ -73,23 +73,33 @@ class AdaptedModel(nn.Module):
     ) -> None:
         """Put a fresh adapter on the base, drawn from `seed`, and wear it.
 
+        Where that fails, the model is as it was before.
+
         Raises:
             RecipeError: the name is taken, or the method does not fit the base.
         """
         if name in self.adapters:
             raise RecipeError(f"adapter {name}: expected another name, this one is taken")
+        before = self.selected
         self.select(None)
-        part = _part(self.base, options, seed)
-        # A full copy has its head in itself.
-        own_head = task == "sequence_classification" and not isinstance(part, FullCopy)
-        head = TrainedHead(self.base) if own_head else None
-        self.adapters[name] = Worn(options, task, part, head).train(self.training)
+        try:
+            with _unhooked_on_failure(self.base):
+                part = _part(self.base, options, seed)
+                # A full copy has its head in itself.
+                own_head = task == "sequence_classification" and not isinstance(part, FullCopy)
+                head = TrainedHead(self.base) if own_head else None
+                self.adapters[name] = Worn(options, task, part, head).train(self.training)
+        except BaseException:
+            self.select(before)
+            raise
         self.select(name)
 
     def remove(self, name: str) -> None:
-        """Take an adapter off the base for good."""
-        self.select(None)
-        for part in self.worn(name).parts.values():
+        """Take an adapter off the base for good; another that is worn stays."""
+        parts = self.worn(name).parts
+        if self.selected == name:
+            self.select(None)
+        for part in parts.values():
             part.detach()
         del self.adapters[name]
 
@@ -240,6 +250,25 @@ def text_limit(model: Any) -> int | None:
         return limit
     method = model.worn(model.selected).method
     return limit - method.count if isinstance(method, PromptAdapter) else limit
+
+
+@contextmanager
+def _unhooked_on_failure(base: nn.Module) -> Iterator[None]:
+    """Have no hook stay on `base` that was put there before an error."""
+    hooks = [
+        each
+        for module in base.modules()
+        for name, each in vars(module).items()
+        if name.startswith(("_forward_hooks", "_forward_pre_hooks"))
+    ]
+    before = [set(each) for each in hooks]
+    try:
+        yield
+    except BaseException:
+        for each, kept in zip(hooks, before, strict=True):
+            for number in set(each) - kept:
+                del each[number]
+        raise
 
 
 def _part(base: Any, options: AdapterOptions, seed: int) -> Part:

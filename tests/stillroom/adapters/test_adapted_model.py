@@ -24,7 +24,7 @@ from stillroom.adapters.options import (
     method_of,
 )
 from stillroom.adapters.training import train_adapter
-from stillroom.errors import RecipeError
+from stillroom.errors import RecipeError, SourceError
 from stillroom.fine_tuning import measure
 from stillroom.quantization.linear import QuantizedLinear
 from stillroom.training.history import HELD_OUT_LOSS
@@ -34,6 +34,7 @@ from tests.stillroom.adapters.zoo import build
 from tests.stillroom.rows import labelled_rows, masked_rows, token_rows
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_bert_masked, tiny_llama
 from tests.stillroom.tiny_decoders import tiny_gpt2
+from tests.stillroom.tiny_mixtures import tiny_switch
 
 OPTIONS = {
     "lora": LoraOptions(rank=2),
@@ -78,6 +79,11 @@ def dressed(task, **adapters):
         model.add(name, options, task=task, seed=number)
         train_adapter(model, name, ROWS[task](), TRAINING)
     return model.eval()
+
+
+def hooks_of(base):
+    """Return how many hooks each module of a base has."""
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules()]
 
 
 def test_every_method_is_tried():
@@ -161,6 +167,37 @@ def test_what_is_selected_stays_so_after_a_mixed_batch():
     assert torch.equal(logits(model, "causal_lm"), before)
 
 
+@pytest.mark.parametrize("worn", ["lora", "prefix_tuning", "p_tuning", "full"])
+def test_what_is_worn_stays_when_another_is_removed_or_refused(worn, tmp_path):
+    model = dressed("causal_lm", a=OPTIONS[worn], b=OPTIONS["bottleneck"])
+    save_adapter(model, "b", tmp_path, "base")
+    description = tmp_path / "stillroom_adapter.json"
+    description.write_text(description.read_text().replace('"width": 4', '"width": 5'))
+    model.select("a")
+    before = logits(model, "causal_lm")
+    hooks = hooks_of(model.base)
+
+    with pytest.raises(SourceError, match="do not fit"):
+        load_into(model, "c", tmp_path)
+    assert model.selected == "a"
+    with pytest.raises(RecipeError, match="at most 4"):
+        model.add("c", TopLayersOptions(5))
+    assert model.selected == "a"
+    assert hooks_of(model.base) == hooks
+    model.remove("b")
+    assert model.selected == "a"
+    assert torch.equal(logits(model, "causal_lm"), before)
+
+
+def test_a_method_that_does_not_fit_leaves_no_hook():
+    base = tiny_switch()
+    hooks = hooks_of(base)
+    model = AdaptedModel(base)
+    with pytest.raises(RecipeError, match="use lora instead"):
+        model.add("a", OPTIONS["bottleneck"])
+    assert hooks_of(base) == hooks
+
+
 @every_method
 def test_on_a_base_that_is_evaluated_an_adapter_is_too(method, tmp_path):
     options, task = OPTIONS[method], "sequence_classification"
@@ -196,12 +233,11 @@ def test_a_copy_of_the_model_is_its_own(method):
 def test_an_adapter_that_is_removed_leaves_nothing(method):
     model = AdaptedModel(MODELS["causal_lm"]()).eval()
     plain = logits(model, "causal_lm")
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.base.modules()]
+    hooks = hooks_of(model.base)
     model.add("a", OPTIONS[method])
     model.remove("a")
     assert torch.equal(logits(model, "causal_lm"), plain)
-    now = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.base.modules()]
-    assert now == hooks
+    assert hooks_of(model.base) == hooks
 
 
 @every_method
