@@ -175,7 +175,8 @@ class AdaptedModel(nn.Module):
         ways = max(
             chosen(self.base, options, name) or 1 for name in ("num_beams", "num_return_sequences")
         )
-        with self._dressed([name for name in adapter_names for _ in range(ways)]):
+        names = [name for name in adapter_names for _ in range(ways)]
+        with self._dressed(names), self._encoder_dressed(adapter_names, names):
             return self._generate(input_ids, options)
 
     def __getattr__(self, name: str) -> Any:
@@ -213,16 +214,31 @@ class AdaptedModel(nn.Module):
 
     @contextmanager
     def _dressed(self, names: Sequence[str | None]) -> Iterator[None]:
-        rows: dict[str, Rows] = {}
-        for name in dict.fromkeys(names):
-            if name is not None:
-                which = [row for row, each in enumerate(names) if each == name]
-                rows[name] = True if len(which) == len(names) else torch.tensor(which)
-        self._dress(rows)
+        self._dress(_rows_by_name(names))
         try:
             yield
         finally:
             self.select(self.selected)
+
+    @contextmanager
+    def _encoder_dressed(
+        self, names: Sequence[str | None], afterwards: Sequence[str | None]
+    ) -> Iterator[None]:
+        """Dress an encoder's rows by `names`: `generate` repeats rows behind the encoder alone."""
+        has_decoder = getattr(self.base.config, "is_encoder_decoder", False)
+        if not has_decoder or len(set(names)) == 1:
+            yield
+            return
+        encoder = self.base.get_encoder()
+        hooks = [
+            encoder.register_forward_pre_hook(lambda *_: self._dress(_rows_by_name(names))),
+            encoder.register_forward_hook(lambda *_: self._dress(_rows_by_name(afterwards))),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _passes(self, names: Sequence[str | None], count: int) -> list[list[int]]:
         """Return the rows of each forward pass: those that can share one do."""
@@ -236,6 +252,16 @@ class AdaptedModel(nn.Module):
             own = name if name is not None and self.worn(name).method.alone else None
             passes.setdefault(own, []).append(row)
         return list(passes.values())
+
+
+def _rows_by_name(names: Sequence[str | None]) -> dict[str, Rows]:
+    """Return the rows that wear each adapter."""
+    rows: dict[str, Rows] = {}
+    for name in dict.fromkeys(names):
+        if name is not None:
+            which = [row for row, each in enumerate(names) if each == name]
+            rows[name] = True if len(which) == len(names) else torch.tensor(which)
+    return rows
 
 
 def text_limit(model: Any) -> int | None:

@@ -30,7 +30,7 @@ from stillroom.quantization.linear import QuantizedLinear
 from stillroom.training.history import HELD_OUT_LOSS
 from stillroom.training.options import TrainingOptions
 from tests.stillroom.adapters.quantized import quantize_blocks
-from tests.stillroom.adapters.zoo import build
+from tests.stillroom.adapters.zoo import build, words
 from tests.stillroom.rows import labelled_rows, masked_rows, token_rows
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_bert_masked, tiny_llama
 from tests.stillroom.tiny_decoders import tiny_gpt2
@@ -332,6 +332,39 @@ def test_beams_wear_what_their_row_wears(ways, told_by):
         model.select(name)
         own = slice(row * count, (row + 1) * count)
         assert torch.equal(model.generate(prompt, **options)[own], mixed[own])
+
+
+@pytest.mark.parametrize("ways", [{"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}])
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ("lora", [None, "a"]),
+        ("bottleneck", ["a", None]),
+        ("bottleneck", [None, "a"]),
+        ("prefix_tuning", ["a", None]),
+        ("prefix_tuning", [None, "a"]),
+        ("prompt_tuning", ["a", "a"]),
+        ("full", ["a", "a"]),
+    ],
+)
+def test_beams_of_an_encoder_decoder_wear_what_their_row_wears(method, names, ways):
+    model = AdaptedModel(build("t5"))
+    model.add("a", OPTIONS[method], seed=1)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.adapters.parameters():
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+    ids = words(2)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False} | ways
+    written = {"a": model.generate(ids, **options)}
+    model.select(None)
+    written[None] = model.generate(ids, **options)
+    assert not torch.equal(written["a"], written[None])
+    mixed = model.generate(ids, adapter_names=names, **options)
+    count = len(mixed) // 2
+    for row, name in enumerate(names):
+        own = slice(row * count, (row + 1) * count)
+        assert torch.equal(mixed[own], written[name][own])
 
 
 @every_method
