@@ -168,7 +168,8 @@ class AdaptedModel(nn.Module):
             return self._generate(input_ids, options)
         if len(self._passes(adapter_names, len(input_ids))) > 1:
             raise RecipeError(
-                "generate: prompts, trained layers and full copies cannot share a batch with other "
+                "generate: prompts, trained layers, full copies, and adapters of experts or of "
+                "layers that also read what positions share, cannot share a batch with other "
                 f"adapters; {', '.join(map(str, adapter_names))} came; generate one after another"
             )
         # A row that is continued in several ways is as many rows.

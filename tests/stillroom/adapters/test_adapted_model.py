@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GenerationConfig
+import transformers as tf
 
 from stillroom.adapters.adapted_model import AdaptedModel
 from stillroom.adapters.folder import load_adapter, load_into, save_adapter
@@ -30,9 +30,9 @@ from stillroom.quantization.linear import QuantizedLinear
 from stillroom.training.history import HELD_OUT_LOSS
 from stillroom.training.options import TrainingOptions
 from tests.stillroom.adapters.quantized import quantize_blocks
-from tests.stillroom.adapters.zoo import build, words
+from tests.stillroom.adapters.zoo import answer, build, words
 from tests.stillroom.rows import labelled_rows, masked_rows, token_rows
-from tests.stillroom.tiny import tiny_bert_classifier, tiny_bert_masked, tiny_llama
+from tests.stillroom.tiny import seeded, tiny_bert_classifier, tiny_bert_masked, tiny_llama
 from tests.stillroom.tiny_decoders import tiny_gpt2
 from tests.stillroom.tiny_mixtures import tiny_switch
 
@@ -84,6 +84,25 @@ def dressed(task, **adapters):
 def hooks_of(base):
     """Return how many hooks each module of a base has."""
     return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules()]
+
+
+@torch.no_grad()
+def disturb(part, seed):
+    """Have a fresh adapter change something."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in part.parameters():
+        parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+
+
+def tiny_deberta_with_shared_keys():
+    """Return a DeBERTa whose blocks multiply the embeddings of positions, too, as v3's do."""
+    config = tf.DebertaV2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, num_labels=3, relative_attention=True,
+        pos_att_type=["p2c", "c2p"], position_biased_input=False, share_att_key=True,
+        norm_rel_ebd="layer_norm", position_buckets=16, max_relative_positions=-1,
+    )  # fmt: skip
+    return seeded(tf.DebertaV2ForSequenceClassification, config)
 
 
 def test_every_method_is_tried():
@@ -320,12 +339,12 @@ def test_beams_wear_what_their_row_wears(ways, told_by):
         case "option":
             options |= ways
         case "passed config":
-            options["generation_config"] = GenerationConfig(**ways)
+            options["generation_config"] = tf.GenerationConfig(**ways)
         case "own config":
-            model.base.generation_config = GenerationConfig(**ways)
+            model.base.generation_config = tf.GenerationConfig(**ways)
         case _:
-            model.base.generation_config = GenerationConfig(**ways)
-            options["generation_config"] = GenerationConfig(use_cache=True)
+            model.base.generation_config = tf.GenerationConfig(**ways)
+            options["generation_config"] = tf.GenerationConfig(use_cache=True)
     count = ways.get("num_return_sequences", 1)
     mixed = model.generate(prompt, adapter_names=["a", None, "b"], **options)
     for row, name in enumerate(["a", None, "b"]):
@@ -350,10 +369,7 @@ def test_beams_wear_what_their_row_wears(ways, told_by):
 def test_beams_of_an_encoder_decoder_wear_what_their_row_wears(method, names, ways):
     model = AdaptedModel(build("t5"))
     model.add("a", OPTIONS[method], seed=1)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.adapters.parameters():
-            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+    disturb(model.worn("a").method, 5)
     ids = words(2)
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False} | ways
     written = {"a": model.generate(ids, **options)}
@@ -381,6 +397,30 @@ def test_rows_that_opt_flattens_go_through_their_own_adapter(method):
         mixed = model(input_ids=ids, adapter_names=["a", None, None, "a"]).logits
     torch.testing.assert_close(mixed[[0, 3]], worn[[0, 3]], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(mixed[[1, 2]], plain[[1, 2]], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script.* is deprecated")
+@pytest.mark.parametrize("names", [["a", None, None], [None, "a", "b"]])
+@pytest.mark.parametrize(
+    ("kind", "method"), [("deberta", "lora"), ("deberta", "bitfit"), ("switch", "lora")]
+)
+def test_what_does_not_see_row_by_row_goes_through_a_pass_of_its_own(kind, method, names):
+    base = {"deberta": tiny_deberta_with_shared_keys, "switch": tiny_switch}[kind]()
+    model = AdaptedModel(base)
+    for number, name in enumerate("ab"):
+        model.add(name, OPTIONS[method])
+        disturb(model.worn(name).method, number)
+    ids = words(3)
+    alone = {}
+    with torch.no_grad():
+        for name in ("a", "b", None):
+            model.select(name)
+            alone[name] = answer(model, ids)
+        assert not torch.allclose(alone["a"], alone[None], atol=1e-2)
+        more = {"decoder_input_ids": ids} if kind == "switch" else {}
+        mixed = model(ids, adapter_names=names, **more).logits
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-4)
 
 
 def test_names_are_looked_up(tmp_path):
