@@ -42,6 +42,8 @@ def merge_into(base: Path, adapter: Path, task: Task, folder: Path) -> None:
         SourceError: the base or the adapter cannot be loaded.
         MismatchError: the adapter is no LoRA and no subspace, or belongs to another base.
     """
+    import torch
+
     from stillroom.adapters.folder import DEFAULT, load_adapter
     from stillroom.adapters.merge import merge_lora
     from stillroom.intrinsic_dimension.artifact import load_with_base
@@ -50,7 +52,8 @@ def merge_into(base: Path, adapter: Path, task: Task, folder: Path) -> None:
     if is_subspace(adapter):
         whole = load_with_base(adapter, base, task=task).merged()
     else:
-        dense = load_model(base, task=task, weights="dense")
+        # Rounded to half precision, most of a small update would be lost.
+        dense = load_model(base, task=task, dtype=torch.float32, weights="dense")
         whole = merge_lora(load_adapter(dense, adapter), DEFAULT)
     merged = cast("PreTrainedModel", whole)
     # A model that was dequantized may not say of itself that it is quantized.

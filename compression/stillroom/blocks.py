@@ -24,7 +24,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         RecipeError: no ModuleList qualifies.
     """
-    found = _lists_of_blocks(model)
+    found = lists_of_blocks(model)
     if not found:
         raise RecipeError(
             f"expected a model with repeated blocks that hold linear layers; "
@@ -44,7 +44,7 @@ def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     prefix, blocks = find_blocks(model)
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return {prefix: blocks}
-    found = _lists_of_blocks(model)
+    found = lists_of_blocks(model)
     outermost = [name for name in found if not any(_is_below(name, other) for other in found)]
     return {name: found[name] for name in outermost if len(found[name]) > 1 or name == prefix}
 
@@ -169,7 +169,8 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module) is Conv1D
 
 
-def _lists_of_blocks(model: nn.Module) -> dict[str, nn.ModuleList]:
+def lists_of_blocks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return every ModuleList whose items share a class and each hold a dense linear layer."""
     return {
         name: module
         for name, module in model.named_modules()

@@ -65,29 +65,41 @@ class AdaptedModel(nn.Module):
         self.adapters = nn.ModuleDict()
         self.selected: str | None = None
         self.identity: BaseIdentity = identify(base)
+        # What is put on a base that computes without dropout does so too.
+        self.training = self.adapters.training = base.training
 
     def add(
         self, name: str, options: AdapterOptions, *, task: Task = "causal_lm", seed: int = 0
     ) -> None:
         """Put a fresh adapter on the base, drawn from `seed`, and wear it.
 
+        Where that fails, the model is as it was before.
+
         Raises:
             RecipeError: the name is taken, or the method does not fit the base.
         """
         if name in self.adapters:
             raise RecipeError(f"adapter {name}: expected another name, this one is taken")
+        before = self.selected
         self.select(None)
-        part = _part(self.base, options, seed)
-        # A full copy has its head in itself.
-        own_head = task == "sequence_classification" and not isinstance(part, FullCopy)
-        head = TrainedHead(self.base) if own_head else None
-        self.adapters[name] = Worn(options, task, part, head).train(self.training)
+        try:
+            with _unhooked_on_failure(self.base):
+                part = _part(self.base, options, seed)
+                # A full copy has its head in itself.
+                own_head = task == "sequence_classification" and not isinstance(part, FullCopy)
+                head = TrainedHead(self.base) if own_head else None
+                self.adapters[name] = Worn(options, task, part, head).train(self.training)
+        except BaseException:
+            self.select(before)
+            raise
         self.select(name)
 
     def remove(self, name: str) -> None:
-        """Take an adapter off the base for good."""
-        self.select(None)
-        for part in self.worn(name).parts.values():
+        """Take an adapter off the base for good; another that is worn stays."""
+        parts = self.worn(name).parts
+        if self.selected == name:
+            self.select(None)
+        for part in parts.values():
             part.detach()
         del self.adapters[name]
 
@@ -156,14 +168,16 @@ class AdaptedModel(nn.Module):
             return self._generate(input_ids, options)
         if len(self._passes(adapter_names, len(input_ids))) > 1:
             raise RecipeError(
-                "generate: prompts, trained layers and full copies cannot share a batch with other "
+                "generate: prompts, trained layers, full copies, and adapters of experts or of "
+                "layers that also read what positions share, cannot share a batch with other "
                 f"adapters; {', '.join(map(str, adapter_names))} came; generate one after another"
             )
         # A row that is continued in several ways is as many rows.
         ways = max(
             chosen(self.base, options, name) or 1 for name in ("num_beams", "num_return_sequences")
         )
-        with self._dressed([name for name in adapter_names for _ in range(ways)]):
+        names = [name for name in adapter_names for _ in range(ways)]
+        with self._dressed(names), self._encoder_dressed(adapter_names, names):
             return self._generate(input_ids, options)
 
     def __getattr__(self, name: str) -> Any:
@@ -201,16 +215,31 @@ class AdaptedModel(nn.Module):
 
     @contextmanager
     def _dressed(self, names: Sequence[str | None]) -> Iterator[None]:
-        rows: dict[str, Rows] = {}
-        for name in dict.fromkeys(names):
-            if name is not None:
-                which = [row for row, each in enumerate(names) if each == name]
-                rows[name] = True if len(which) == len(names) else torch.tensor(which)
-        self._dress(rows)
+        self._dress(_rows_by_name(names))
         try:
             yield
         finally:
             self.select(self.selected)
+
+    @contextmanager
+    def _encoder_dressed(
+        self, names: Sequence[str | None], afterwards: Sequence[str | None]
+    ) -> Iterator[None]:
+        """Dress an encoder's rows by `names`: `generate` repeats rows behind the encoder alone."""
+        has_decoder = getattr(self.base.config, "is_encoder_decoder", False)
+        if not has_decoder or len(set(names)) == 1:
+            yield
+            return
+        encoder = self.base.get_encoder()
+        hooks = [
+            encoder.register_forward_pre_hook(lambda *_: self._dress(_rows_by_name(names))),
+            encoder.register_forward_hook(lambda *_: self._dress(_rows_by_name(afterwards))),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _passes(self, names: Sequence[str | None], count: int) -> list[list[int]]:
         """Return the rows of each forward pass: those that can share one do."""
@@ -226,6 +255,16 @@ class AdaptedModel(nn.Module):
         return list(passes.values())
 
 
+def _rows_by_name(names: Sequence[str | None]) -> dict[str, Rows]:
+    """Return the rows that wear each adapter."""
+    rows: dict[str, Rows] = {}
+    for name in dict.fromkeys(names):
+        if name is not None:
+            which = [row for row, each in enumerate(names) if each == name]
+            rows[name] = True if len(which) == len(names) else torch.tensor(which)
+    return rows
+
+
 def text_limit(model: Any) -> int | None:
     """Return the most tokens of text in a row of `model`, adapted or not; None: any number.
 
@@ -238,6 +277,25 @@ def text_limit(model: Any) -> int | None:
         return limit
     method = model.worn(model.selected).method
     return limit - method.count if isinstance(method, PromptAdapter) else limit
+
+
+@contextmanager
+def _unhooked_on_failure(base: nn.Module) -> Iterator[None]:
+    """Have no hook stay on `base` that was put there before an error."""
+    hooks = [
+        each
+        for module in base.modules()
+        for name, each in vars(module).items()
+        if name.startswith(("_forward_hooks", "_forward_pre_hooks"))
+    ]
+    before = [set(each) for each in hooks]
+    try:
+        yield
+    except BaseException:
+        for each, kept in zip(hooks, before, strict=True):
+            for number in set(each) - kept:
+                del each[number]
+        raise
 
 
 def _part(base: Any, options: AdapterOptions, seed: int) -> Part:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillroom.adapters.flattened import BatchRows
+from stillroom.adapters.flattened import BatchRows, sees_rows
 from stillroom.adapters.part import Part
 from stillroom.adapters.probe import device_of, key_of
 from stillroom.blocks import find_linears
@@ -39,6 +39,7 @@ class BitFitAdapter(Part):
             offset = torch.zeros(bias.shape, device=device_of(layer))
             self.offsets[key_of(name)] = nn.Parameter(offset)
             self.hook(layer, partial(self._add, key_of(name)))
+        self.alone = not sees_rows(base, names)
 
     def _add(self, key: str, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
         offset: Tensor = self.offsets[key]

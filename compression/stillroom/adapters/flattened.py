@@ -1,13 +1,19 @@
 """Changing rows where a layer may see the tokens of all rows in one dimension."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stillroom.adapters.part import Part
 from stillroom.adapters.places import adaptable_stacks
+from stillroom.adapters.probe import short_pass
 from stillroom.adapters.routing import Rows, change_rows
+
+# So that as many tokens as rows, or all, do not fall to each expert by chance.
+_ROWS, _LENGTH = 2, 7
 
 
 class BatchRows:
@@ -39,3 +45,31 @@ class BatchRows:
     def _note(self, _: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         hidden = inputs[0] if inputs else options["hidden_states"]
         self.count = len(hidden)
+
+
+def sees_rows(base: Any, names: Iterable[str]) -> bool:
+    """Return whether each of these modules of `base` gives (batch, …) or (batch · length, …).
+
+    What positions share gives nothing of a row, and an expert some tokens of some rows.
+    """
+    shapes: dict[str, list[torch.Size]] = {name: [] for name in names}
+
+    def note(seen: list[torch.Size], _: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+        seen.append(output.shape)
+
+    hooks = [
+        base.get_submodule(name).register_forward_hook(partial(note, seen))
+        for name, seen in shapes.items()
+    ]
+    words = base.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(_ROWS * _LENGTH) * 7 + 3) % words
+    try:
+        short_pass(base, ids.view(_ROWS, _LENGTH))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return all(seen and all(map(_is_by_row, seen)) for seen in shapes.values())
+
+
+def _is_by_row(shape: torch.Size) -> bool:
+    return shape[0] == _ROWS or (len(shape) == 2 and shape[0] == _ROWS * _LENGTH)

@@ -71,6 +71,8 @@ def save_adapter(model: AdaptedModel, name: str, folder: Path, base_reference: s
 def load_into(model: AdaptedModel, name: str, folder: Path) -> None:
     """Put the adapter in `folder` on the model as `name`, and wear it.
 
+    Where that fails, the model is as it was before.
+
     Raises:
         SourceError: the folder holds no adapter, or its tensors are not what it says.
         MismatchError: it belongs to another base, another revision or another shape.
@@ -82,6 +84,7 @@ def load_into(model: AdaptedModel, name: str, folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise SourceError(f"{folder / WEIGHTS} cannot be read: {error}; fetch it again") from error
+    before = model.selected
     model.add(name, options, task=task)
     worn = model.worn(name)
     try:
@@ -96,8 +99,9 @@ def load_into(model: AdaptedModel, name: str, folder: Path) -> None:
                     if key.startswith(prefix)
                 }
             )
-    except SourceError:
+    except BaseException:
         model.remove(name)
+        model.select(before)
         raise
 
 

@@ -1,11 +1,11 @@
 """A classifier's head of an adapter's own: the base's stays as it is."""
 
-import copy
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from stillroom.adapters.copies import dense_copy
 from stillroom.adapters.part import Part
 from stillroom.adapters.places import head_modules
 from stillroom.adapters.routing import change_rows
@@ -22,7 +22,7 @@ class TrainedHead(Part):
         super().__init__()
         self.copies = nn.ModuleDict()
         for name, module in head_modules(base).items():
-            self.copies[name] = copy.deepcopy(module).float().requires_grad_(True)
+            self.copies[name] = dense_copy(module).float()
             self.hook(module, partial(self._replace, name), with_kwargs=True)
 
     def _replace(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stillroom.adapters.flattened import BatchRows
+from stillroom.adapters.flattened import BatchRows, sees_rows
 from stillroom.adapters.options import LoraOptions
 from stillroom.adapters.part import Part
 from stillroom.adapters.places import adaptable_blocks, adaptable_linears
@@ -52,6 +52,7 @@ class LoraAdapter(Part):
             layer = base.get_submodule(name)
             self.updates[key_of(name)] = LowRank(layer, options, generator)
             self.hook(layer, partial(self._add, key_of(name)))
+        self.alone = not sees_rows(base, self.targets)
 
     def merge(self, base: nn.Module) -> None:
         """Add the updates into the base's weights, in place.

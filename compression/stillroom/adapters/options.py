@@ -89,7 +89,8 @@ class PTuningOptions:
     """Embeddings that an encoder makes, before, inside and after the text (2103.10385).
 
     `template` says where: pairs of a place and how many virtual tokens stand there. Place n ≥ 0 is
-    before the n-th token of the row, −1 after its last token.
+    before the n-th token of the row, −1 after its last token. A text that is to be continued has to
+    be longer than the last place.
     """
 
     template: tuple[tuple[int, int], ...] = ((0, 16),)

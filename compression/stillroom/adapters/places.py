@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from stillroom.blocks import find_blocks, find_linears, find_stacks
+from stillroom.blocks import find_blocks, find_linears, find_stacks, lists_of_blocks
 from stillroom.quantization.linear import QuantizedLinear
 
 
@@ -17,11 +17,13 @@ def adaptable_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         RecipeError: there are none.
     """
-    # Quantized layers hold no parameters, by which the blocks of a dense model are found.
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and is_quantized(module):
-            return name, module
-    return find_blocks(model)
+    dense = lists_of_blocks(model)
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and (name in dense or is_quantized(module))
+    }
+    return max(found.items(), key=lambda item: _size(item[1])) if found else find_blocks(model)
 
 
 def adaptable_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -51,6 +53,13 @@ def adaptable_linears(block: nn.Module) -> dict[str, nn.Module]:
         for name, child in block.named_modules()
         if name in linears or isinstance(child, QuantizedLinear)
     }
+
+
+def _size(module: nn.Module) -> int:
+    """Return how many parameters there are, or would be if no layer were quantized."""
+    packed = (each for each in module.modules() if isinstance(each, QuantizedLinear))
+    dense = sum(parameter.numel() for parameter in module.parameters())
+    return dense + sum(each.in_features * each.out_features for each in packed)
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def short_pass(base: Any, ids: Tensor) -> Any:
-    """Return what the backbone of `base` makes of the words `ids` (1, length), dropout off.
+    """Return what the backbone of `base` makes of the words `ids` (rows, length), dropout off.
 
     A head is left out: it has no blocks, and it may want more than words.
     """

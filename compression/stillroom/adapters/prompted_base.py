@@ -40,6 +40,22 @@ class PromptedBase:
                 "encoders and encoder-decoders"
             )
 
+    def require_text_behind(self, template: Template, shortest: int) -> None:
+        """Refuse texts to continue, `shortest` tokens and more, that end in virtual tokens.
+
+        None of these has learned what comes after it: in training that is asked of text alone.
+
+        Raises:
+            RecipeError: a place of the template is not inside all of them.
+        """
+        last = max(place for place, _ in template)
+        if self.continues and 0 < last >= shortest:
+            raise RecipeError(
+                f"p_tuning: expected texts of at least {last + 1} tokens to continue, as virtual "
+                f"tokens stand before token {last} of each, counted from 0; one of {shortest} "
+                "came; lengthen it, or train with places nearer to the start"
+            )
+
     def require_room(self, length: int, count: int) -> None:
         """Refuse rows that the base cannot hold with their virtual tokens.
 

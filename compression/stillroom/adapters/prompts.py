@@ -126,10 +126,13 @@ class PromptAdapter(Part):
         """Return what the base's `generate` returns for `input_ids` (batch, length), prompted.
 
         Raises:
-            RecipeError: the rows are too long, or an option cannot be combined with prompts.
+            RecipeError: the rows are too long, or too short for the template, or an option cannot
+                be combined with prompts.
         """
         if options.get("attention_mask") is None:
             options["attention_mask"] = real_tokens(base, input_ids)
+        shortest = int(options["attention_mask"].sum(-1).min())
+        self.facts.require_text_behind(self.template, shortest)
         inputs = self._extended({"input_ids": input_ids, **options})
         if not self.facts.has_decoder:
             inputs = lengthened(base, inputs, self.count)

@@ -1,10 +1,11 @@
 """What holds of every method: one base, many adapters, none of which disturbs another."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GenerationConfig
+import transformers as tf
 
 from stillroom.adapters.adapted_model import AdaptedModel
 from stillroom.adapters.folder import load_adapter, load_into, save_adapter
@@ -23,16 +24,17 @@ from stillroom.adapters.options import (
     method_of,
 )
 from stillroom.adapters.training import train_adapter
-from stillroom.errors import RecipeError
+from stillroom.errors import RecipeError, SourceError
 from stillroom.fine_tuning import measure
 from stillroom.quantization.linear import QuantizedLinear
 from stillroom.training.history import HELD_OUT_LOSS
 from stillroom.training.options import TrainingOptions
 from tests.stillroom.adapters.quantized import quantize_blocks
-from tests.stillroom.adapters.zoo import build
+from tests.stillroom.adapters.zoo import answer, build, words
 from tests.stillroom.rows import labelled_rows, masked_rows, token_rows
-from tests.stillroom.tiny import tiny_bert_classifier, tiny_bert_masked, tiny_llama
+from tests.stillroom.tiny import seeded, tiny_bert_classifier, tiny_bert_masked, tiny_llama
 from tests.stillroom.tiny_decoders import tiny_gpt2
+from tests.stillroom.tiny_mixtures import tiny_switch
 
 OPTIONS = {
     "lora": LoraOptions(rank=2),
@@ -77,6 +79,30 @@ def dressed(task, **adapters):
         model.add(name, options, task=task, seed=number)
         train_adapter(model, name, ROWS[task](), TRAINING)
     return model.eval()
+
+
+def hooks_of(base):
+    """Return how many hooks each module of a base has."""
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules()]
+
+
+@torch.no_grad()
+def disturb(part, seed):
+    """Have a fresh adapter change something."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in part.parameters():
+        parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+
+
+def tiny_deberta_with_shared_keys():
+    """Return a DeBERTa whose blocks multiply the embeddings of positions, too, as v3's do."""
+    config = tf.DebertaV2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, num_labels=3, relative_attention=True,
+        pos_att_type=["p2c", "c2p"], position_biased_input=False, share_att_key=True,
+        norm_rel_ebd="layer_norm", position_buckets=16, max_relative_positions=-1,
+    )  # fmt: skip
+    return seeded(tf.DebertaV2ForSequenceClassification, config)
 
 
 def test_every_method_is_tried():
@@ -160,6 +186,53 @@ def test_what_is_selected_stays_so_after_a_mixed_batch():
     assert torch.equal(logits(model, "causal_lm"), before)
 
 
+@pytest.mark.parametrize("worn", ["lora", "prefix_tuning", "p_tuning", "full"])
+def test_what_is_worn_stays_when_another_is_removed_or_refused(worn, tmp_path):
+    model = dressed("causal_lm", a=OPTIONS[worn], b=OPTIONS["bottleneck"])
+    save_adapter(model, "b", tmp_path, "base")
+    description = tmp_path / "stillroom_adapter.json"
+    description.write_text(description.read_text().replace('"width": 4', '"width": 5'))
+    model.select("a")
+    before = logits(model, "causal_lm")
+    hooks = hooks_of(model.base)
+
+    with pytest.raises(SourceError, match="do not fit"):
+        load_into(model, "c", tmp_path)
+    assert model.selected == "a"
+    with pytest.raises(RecipeError, match="at most 4"):
+        model.add("c", TopLayersOptions(5))
+    assert model.selected == "a"
+    assert hooks_of(model.base) == hooks
+    model.remove("b")
+    assert model.selected == "a"
+    assert torch.equal(logits(model, "causal_lm"), before)
+
+
+def test_a_method_that_does_not_fit_leaves_no_hook():
+    base = tiny_switch()
+    hooks = hooks_of(base)
+    model = AdaptedModel(base)
+    with pytest.raises(RecipeError, match="use lora instead"):
+        model.add("a", OPTIONS["bottleneck"])
+    assert hooks_of(base) == hooks
+
+
+@every_method
+def test_on_a_base_that_is_evaluated_an_adapter_is_too(method, tmp_path):
+    options, task = OPTIONS[method], "sequence_classification"
+    if isinstance(options, LoraOptions):
+        options = replace(options, dropout=0.5)
+    model = AdaptedModel(MODELS[task]())
+    model.add("a", options, task=task)
+    train_adapter(model, "a", ROWS[task](), TRAINING)
+    assert not any(module.training for module in model.modules())
+    save_adapter(model, "a", tmp_path, "base")
+    loaded = AdaptedModel(MODELS[task]())
+    load_into(loaded, "a", tmp_path)
+    assert torch.equal(logits(loaded, task), logits(loaded, task))
+    assert AdaptedModel(MODELS[task]().train()).training
+
+
 @every_method
 def test_a_copy_of_the_model_is_its_own(method):
     model = dressed("sequence_classification", a=OPTIONS[method])
@@ -179,12 +252,11 @@ def test_a_copy_of_the_model_is_its_own(method):
 def test_an_adapter_that_is_removed_leaves_nothing(method):
     model = AdaptedModel(MODELS["causal_lm"]()).eval()
     plain = logits(model, "causal_lm")
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.base.modules()]
+    hooks = hooks_of(model.base)
     model.add("a", OPTIONS[method])
     model.remove("a")
     assert torch.equal(logits(model, "causal_lm"), plain)
-    now = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.base.modules()]
-    assert now == hooks
+    assert hooks_of(model.base) == hooks
 
 
 @every_method
@@ -267,18 +339,48 @@ def test_beams_wear_what_their_row_wears(ways, told_by):
         case "option":
             options |= ways
         case "passed config":
-            options["generation_config"] = GenerationConfig(**ways)
+            options["generation_config"] = tf.GenerationConfig(**ways)
         case "own config":
-            model.base.generation_config = GenerationConfig(**ways)
+            model.base.generation_config = tf.GenerationConfig(**ways)
         case _:
-            model.base.generation_config = GenerationConfig(**ways)
-            options["generation_config"] = GenerationConfig(use_cache=True)
+            model.base.generation_config = tf.GenerationConfig(**ways)
+            options["generation_config"] = tf.GenerationConfig(use_cache=True)
     count = ways.get("num_return_sequences", 1)
     mixed = model.generate(prompt, adapter_names=["a", None, "b"], **options)
     for row, name in enumerate(["a", None, "b"]):
         model.select(name)
         own = slice(row * count, (row + 1) * count)
         assert torch.equal(model.generate(prompt, **options)[own], mixed[own])
+
+
+@pytest.mark.parametrize("ways", [{"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}])
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ("lora", [None, "a"]),
+        ("bottleneck", ["a", None]),
+        ("bottleneck", [None, "a"]),
+        ("prefix_tuning", ["a", None]),
+        ("prefix_tuning", [None, "a"]),
+        ("prompt_tuning", ["a", "a"]),
+        ("full", ["a", "a"]),
+    ],
+)
+def test_beams_of_an_encoder_decoder_wear_what_their_row_wears(method, names, ways):
+    model = AdaptedModel(build("t5"))
+    model.add("a", OPTIONS[method], seed=1)
+    disturb(model.worn("a").method, 5)
+    ids = words(2)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False} | ways
+    written = {"a": model.generate(ids, **options)}
+    model.select(None)
+    written[None] = model.generate(ids, **options)
+    assert not torch.equal(written["a"], written[None])
+    mixed = model.generate(ids, adapter_names=names, **options)
+    count = len(mixed) // 2
+    for row, name in enumerate(names):
+        own = slice(row * count, (row + 1) * count)
+        assert torch.equal(mixed[own], written[name][own])
 
 
 @every_method
@@ -295,6 +397,30 @@ def test_rows_that_opt_flattens_go_through_their_own_adapter(method):
         mixed = model(input_ids=ids, adapter_names=["a", None, None, "a"]).logits
     torch.testing.assert_close(mixed[[0, 3]], worn[[0, 3]], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(mixed[[1, 2]], plain[[1, 2]], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script.* is deprecated")
+@pytest.mark.parametrize("names", [["a", None, None], [None, "a", "b"]])
+@pytest.mark.parametrize(
+    ("kind", "method"), [("deberta", "lora"), ("deberta", "bitfit"), ("switch", "lora")]
+)
+def test_what_does_not_see_row_by_row_goes_through_a_pass_of_its_own(kind, method, names):
+    base = {"deberta": tiny_deberta_with_shared_keys, "switch": tiny_switch}[kind]()
+    model = AdaptedModel(base)
+    for number, name in enumerate("ab"):
+        model.add(name, OPTIONS[method])
+        disturb(model.worn(name).method, number)
+    ids = words(3)
+    alone = {}
+    with torch.no_grad():
+        for name in ("a", "b", None):
+            model.select(name)
+            alone[name] = answer(model, ids)
+        assert not torch.allclose(alone["a"], alone[None], atol=1e-2)
+        more = {"decoder_input_ids": ids} if kind == "switch" else {}
+        mixed = model(ids, adapter_names=names, **more).logits
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-4)
 
 
 def test_names_are_looked_up(tmp_path):

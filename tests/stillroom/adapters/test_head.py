@@ -76,3 +76,12 @@ def test_every_module_of_a_half_precision_head_is_trained(kind):
     model(input_ids=rows.input_ids, labels=rows.labels).loss.backward()
     gradients = [parameter.grad for parameter in model.worn("a").head.parameters()]
     assert all(each is not None and each.abs().max() > 0 for each in gradients)
+
+
+def test_a_head_holds_nothing_of_the_adapters_before_it():
+    model = AdaptedModel(tiny_bert_classifier())
+    for name in ("a", "b", "c"):
+        model.add(name, LoraOptions(rank=2), task="sequence_classification")
+    for name in ("a", "b", "c"):
+        for module in model.worn(name).head.copies.modules():
+            assert not module._forward_hooks

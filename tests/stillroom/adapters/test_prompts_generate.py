@@ -60,6 +60,18 @@ def test_padded_rows_are_continued_as_each_alone():
             assert torch.equal(written[row, -len(words) - 5 :], alone[0])
 
 
+@pytest.mark.parametrize("length", [1, 2])
+def test_texts_that_end_before_the_last_virtual_token_are_not_continued(length):
+    base = frozen("llama")
+    part = p_tuned(base, INSIDE)
+    ids, mask = padded([ROWS[0], ROWS[0][:length]], "left")
+    for options in ({"attention_mask": mask}, {}):
+        with pytest.raises(RecipeError, match=f"at least 3 tokens .*; one of {length} came"):
+            part.generate(base, ids, max_new_tokens=2, **options)
+    ids, mask = padded([ROWS[0], ROWS[0][:3]], "left")
+    part.generate(base, ids, attention_mask=mask, max_new_tokens=2)
+
+
 def test_beams_and_named_outputs_are_without_virtual_tokens():
     base = frozen("llama")
     part = p_tuned(base, INSIDE)
