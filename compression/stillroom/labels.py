@@ -15,14 +15,38 @@ def label_order(folder: Path) -> tuple[str, ...]:
     Raises:
         SourceError: the folder holds no model that transformers knows.
     """
-    names: dict[Any, Any] = load_config(folder).id2label or {}
+    return classes_of(load_config(folder))
+
+
+def classes_of(config: Any) -> tuple[str, ...]:
+    """Return the names of the classes that a model's config lists, in the order of its outputs."""
+    names: dict[Any, Any] = config.id2label or {}
     return tuple(str(names[place]) for place in sorted(names, key=int))
 
 
-def require_known_labels(folder: Path, label_names: tuple[str, ...]) -> None:
-    """Refuse a classifier whose outputs stand for other classes than `label_names`, in their order.
+def require_same_classes(
+    known: tuple[str, ...], label_names: tuple[str, ...], whose: str, remedy: str
+) -> None:
+    """Refuse rows of other classes than a model's, or of the same in another order.
 
     A class without a name of its own (LABEL_0) may bear any; a number is the class of that place.
+
+    Raises:
+        MismatchError: its sentence says `whose` model it is, and ends with the `remedy`.
+    """
+    fits = len(known) == len(label_names) and all(
+        own in (name, f"LABEL_{place}") or name == str(place)
+        for place, (own, name) in enumerate(zip(known, label_names, strict=True))
+    )
+    if not fits:
+        raise MismatchError(
+            f"{whose}: expected rows of its {len(known)} classes in their order, {_listed(known)}; "
+            f"{len(label_names)} came, {_listed(label_names)}; {remedy}"
+        )
+
+
+def require_known_labels(folder: Path, label_names: tuple[str, ...]) -> None:
+    """Refuse a teacher whose outputs stand for other classes than `label_names`, in their order.
 
     Raises:
         SourceError: the model has no head that names classes.
@@ -35,17 +59,12 @@ def require_known_labels(folder: Path, label_names: tuple[str, ...]) -> None:
             "a model saved as ForSequenceClassification expected; take one, or set "
             "teacher.fine_tune to train a head first"
         )
-    known = label_order(folder)
-    fits = len(known) == len(label_names) and all(
-        own in (name, f"LABEL_{i}") or name == str(i)
-        for i, (own, name) in enumerate(zip(known, label_names, strict=True))
+    require_same_classes(
+        label_order(folder),
+        label_names,
+        "the teacher",
+        "name the text's classes as it does, or set teacher.fine_tune to train a new head",
     )
-    if not fits:
-        raise MismatchError(
-            f"labels that the teacher knows expected: its {len(known)} classes are "
-            f"{_listed(known)}, the {len(label_names)} of the text {_listed(label_names)}; name "
-            "the text's classes as the teacher does, or set teacher.fine_tune to train a new head"
-        )
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -9,6 +9,7 @@ from stillroom.data.prepare import load_prepared
 from stillroom.errors import MismatchError
 from stillroom.evaluation.cost import Workload, folder_size_bytes, measure_cost
 from stillroom.evaluation.quality import measure_quality
+from stillroom.labels import classes_of, require_same_classes
 from stillroom.models import load_tokenizer, tokenizer_hash
 from stillroom.quantization.kernels.choose import fastest_weights
 from tasks.work.bench import Bench, Result
@@ -24,6 +25,14 @@ def work(bench: Bench) -> Result:
     teacher = None if itself else bench.load_teacher()
     laid_out = itself and bench.lays_out_teacher
     model: Any = bench.load_teacher() if laid_out else _as_it_is_served(bench)
+    if data.evaluation.label_names:
+        require_same_classes(
+            classes_of(getattr(model, "base", model).config),
+            data.evaluation.label_names,
+            "the model",
+            "name the text's classes as the model does; where it is the champion, publish under "
+            "another name or leave out the gate that compares with it",
+        )
     quality = measure_quality(
         model,
         teacher,

@@ -41,7 +41,7 @@ def test_a_number_is_the_class_of_its_place(tmp_path: Path) -> None:
     [("Business", "World"), ("World", "Sport"), ("World", "Business", "Sport"), ("0", "2")],
 )
 def test_other_classes_are_refused(tmp_path: Path, labels: tuple[str, ...]) -> None:
-    with pytest.raises(MismatchError, match=r"World, Business, .* set teacher\.fine_tune"):
+    with pytest.raises(MismatchError, match=r"order, World, Business; .* set teacher\.fine_tune"):
         require_known_labels(classifier(tmp_path, "World", "Business"), labels)
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from stillroom.config import Distillation
+from stillroom.config import Distillation, Evaluation
 from stillroom.data.prepare import load_prepared
 from stillroom.errors import MismatchError, SourceError
 from stillroom.models import save_model
 from tasks.cache_worker import plan_capture
 from tasks.sources import resolve_text
-from tasks.stages import CACHE_TEACHER, PREPARE_DATA, Order, Stage, as_json
-from tasks.work import prepare_data
+from tasks.stages import CACHE_TEACHER, EVALUATE_MODEL, PREPARE_DATA, Order, Stage, as_json
+from tasks.work import evaluate_model, prepare_data
 from tasks.work.bench import Bench
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_masked_tokenizer
 from tests.tasks.benches import new_bench
@@ -81,7 +81,9 @@ def test_the_rows_have_the_teachers_order(tmp_path: Path, rows: Any) -> None:
 def test_a_teacher_of_other_classes_makes_no_cache(tmp_path: Path, rows: Any) -> None:
     folder = teacher(tmp_path / "teacher", "good", "bad")
     inputs = {"teacher": folder, "data": rows(folder)}
-    with pytest.raises(MismatchError, match=r"2 classes are good, bad, the 2 .* Business, World"):
+    with pytest.raises(
+        MismatchError, match=r"2 classes in their order, good, bad; 2 came, Business, World"
+    ):
         plan_capture(ordered_cache(inputs), inputs)
 
 
@@ -92,3 +94,13 @@ def test_a_teacher_without_a_head_makes_no_cache(tmp_path: Path, rows: Any) -> N
     inputs = {"teacher": tmp_path / "teacher", "data": rows(tmp_path / "teacher")}
     with pytest.raises(SourceError, match=r"holds a BertModel, .* set teacher\.fine_tune"):
         plan_capture(ordered_cache(inputs), inputs)
+
+
+def test_a_model_of_the_classes_in_another_order_is_not_measured(tmp_path: Path, rows: Any) -> None:
+    data = rows(teacher(tmp_path / "teacher", "World", "Business"))
+    other = teacher(tmp_path / "other", "Business", "World")
+    inputs = {"model": other, "teacher": other, "data": data}
+    (tmp_path / "measured").mkdir()
+    bench = bench_of(EVALUATE_MODEL, as_json(Evaluation()), tmp_path / "measured", inputs)
+    with pytest.raises(MismatchError, match=r"order, Business, World; 2 came, World, Business"):
+        evaluate_model.work(bench)

@@ -36,7 +36,9 @@ def test_classes_of_the_base_are_learned(own, of_text):
 @pytest.mark.parametrize("own", [NAMED, GENERIC])
 @pytest.mark.parametrize("of_text", [NAMED[:2], (*NAMED, "unsure")])
 def test_another_number_of_classes_is_refused(own, of_text):
-    with pytest.raises(MismatchError, match=rf"base's 3 classes .*; {len(of_text)} came"):
+    with pytest.raises(
+        MismatchError, match=rf"adapter a: .* its 3 classes .*; {len(of_text)} came"
+    ):
         train(own, of_text)
 
 
