@@ -10,6 +10,7 @@ from stillroom.errors import DataError, SourceError
 
 COMMIT = re.compile("[0-9a-f]{40}")
 
+
 def read_hub(
     repo_id: str,
     *,
