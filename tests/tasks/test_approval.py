@@ -156,6 +156,36 @@ def test_approval_that_a_crash_cut_short_is_gone_through_with(
     assert bearers(place) == ["1", "1"]
 
 
+def test_an_approval_moves_the_alias_once(
+    place: Place, pair: tuple[Registered, Registered]
+) -> None:
+    before = rival(place)
+    asked = question(place, pair)
+    ask(place.client, asked)
+    settle(place.client, asked, YES)
+    assert bearers(place) == ["1", "1"]
+
+    place.client.set_registered_model_alias("tiny", "champion", before.version)
+    assert ask(place.client, question(place, pair[:1], run="later")) is None
+    assert tags(place, pair[0])["stillroom.approval"] == "pending"
+    assert "stillroom.approval_used" not in tags(place, pair[0])
+    assert bearers(place) == ["2", "1"]
+    settle(place.client, pending_question(place.client, "models:/tiny/1"), YES)
+    assert bearers(place) == ["1", "1"]
+
+
+@pytest.mark.parametrize("gone", ["deleted", "removed"])
+def test_an_approval_outlasts_the_run_that_asked(
+    gone: str, place: Place, pair: tuple[Registered, Registered]
+) -> None:
+    run = place.parent.run_id if gone == "deleted" else "0" * 32
+    ask(place.client, question(place, pair, run))
+    place.client.delete_run(place.parent.run_id)
+    settle(place.client, pending_question(place.client, "models:/tiny/1"), YES)
+    assert bearers(place) == ["1", "1"]
+    assert tags(place, pair[1])["stillroom.approval"] == "approved"
+
+
 def test_answer_that_a_crash_cut_short_is_none(
     place: Place, pair: tuple[Registered, Registered], monkeypatch: pytest.MonkeyPatch
 ) -> None:
