@@ -8,7 +8,9 @@ import pytest
 
 import flows.__main__
 import tasks.approval
+from flows.approve import _table
 from stillroom.errors import MismatchError, SourceError
+from stillroom.evaluation.report_data import ReportData
 from tasks.approval import Answer, Question, ask, pending_question, question_of, settle
 from tasks.registry import Registered, champion, move_alias, register_base, tag_gates
 from tests.registering import Place, llama_folder, register_pair
@@ -242,6 +244,15 @@ def test_a_question_can_be_answered_where_its_table_cannot_be_read(
     said = capsys.readouterr().out
     assert f"the table of MLflow's run {place.parent.run_id} cannot be read from here" in said
     assert bearers(place) == ["1", "1"]
+
+
+def test_a_report_that_was_cut_off_hinders_no_answer(place: Place) -> None:
+    file = place.root / "report.json"
+    file.write_text(ReportData("tiny", "now", ()).to_json()[:40])
+    place.client.log_artifact(place.parent.run_id, str(file))
+    assert "cannot be read from here: 1 validation error" in _table(
+        place.client, place.parent.run_id
+    )
 
 
 def test_secrets_stay_out_of_what_is_kept(
