@@ -65,7 +65,7 @@ def _table(client: Any, run_id: str) -> str:
             with reaching(client.tracking_uri):
                 file = client.download_artifacts(run_id, "report.json", scratch)
             data = ReportData.from_json(Path(file).read_text())
-    except (MlflowException, OSError, BotoCoreError, ClientError) as error:
+    except (MlflowException, OSError, ValueError, BotoCoreError, ClientError) as error:
         said = " ".join(redact(str(error)).split())[:200]
         return f"the table of MLflow's run {run_id} cannot be read from here: {said}"
     gates = "\n".join(gate.sentence for gate in data.gates)

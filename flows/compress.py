@@ -136,7 +136,9 @@ class Runner:
 
 def _candidate(made: Made[Record], champion: Record | None) -> Candidate:
     first, last = made.road[0], made.road[-1]
-    return Candidate(last.model, last.evaluation, first.evaluation, champion)
+    evaluations = {row.model.key: row.evaluation for row in made.measured}
+    merged = {name: (model, evaluations[model.key]) for name, model in made.merged.items()}
+    return Candidate(last.model, last.evaluation, first.evaluation, champion, merged)
 
 
 def _shown(made: Made[Record]) -> list[Shown]:

@@ -130,6 +130,8 @@ def _quantizing(order: Order, model: Shape, data: Data) -> Estimate:
 def _data_of(order: Order, recipe: Recipe) -> Data:
     adapter: Adapter
     for adapter in recipe.adapters:
-        if order.title.endswith(adapter.name):
+        own = ("prepare data", "train adapter", "merge adapter")
+        titles = [f"{part} {adapter.name}" for part in own]
+        if order.title in titles or order.title.endswith(f" on {adapter.name}"):
             return adapter.data
     return recipe.data

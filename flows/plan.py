@@ -215,7 +215,10 @@ def _publication(recipe: Recipe) -> str:
         names.append(f"{recipe.publish.name}-{each.name}")
         if each.method == "lora" and each.merge:
             names.append(f"{names[-1]}-merged")
-    return f"register {', '.join(names)} and move the alias {recipe.publish.alias}"
+    said = f"register {', '.join(names)}"
+    if recipe.publish.approval:
+        return f"{said} and ask for an approval before the alias {recipe.publish.alias} moves"
+    return f"{said} and move the alias {recipe.publish.alias}"
 
 
 def _listed(titles: tuple[str, ...]) -> str:

@@ -24,7 +24,9 @@ TAG_ASKED_BY = "stillroom.approval_run_id"
 TAG_COMMENT = "stillroom.approval_comment"
 TAG_TIME = "stillroom.approval_time"
 TAG_BY = "stillroom.approval_by"
-ANSWER_TAGS = (TAG_TIME, TAG_BY, TAG_COMMENT)
+TAG_USED = "stillroom.approval_used"
+"""The alias has moved: after a rollback this answer moves it no second time."""
+ANSWER_TAGS = (TAG_TIME, TAG_BY, TAG_COMMENT, TAG_USED)
 """The time makes an answer: it is written last and goes first, so that a crash leaves none half."""
 PENDING, APPROVED, REFUSED = "pending", "approved", "refused"
 NO_CHAMPION = "none"
@@ -107,6 +109,7 @@ def ask(client: Any, question: Question) -> Answer | None:
             _answer_in(tags)
             for tags, (_, old) in zip(tagged, question.moves, strict=True)
             if tags.get(TAG_COMPARED_WITH) == _uri(old) and tags.get(TAG_ALIAS) == question.alias
+            if TAG_USED not in tags
         ]
         known = [answer for answer in answers if answer is not None]
         if len(known) == len(question.moves):
@@ -133,11 +136,12 @@ def settle(client: Any, question: Question, answer: Answer) -> None:
     with reaching(client.tracking_uri):
         for new, old in question.moves:
             _tag_version(client, new, _tags(client, new), _asked(question, old) | said)
-        for name, value in said.items():
-            client.set_tag(question.run_id, name, value)
+        _tag_run(client, question.run_id, said)
     if answer.approve:
         for new, old in question.moves:
             move_alias(client, new, question.alias, old)
+            with reaching(client.tracking_uri):
+                client.set_model_version_tag(new.name, new.version, TAG_USED, "true")
 
 
 def pending_question(client: Any, reference: str) -> Question:
@@ -214,6 +218,19 @@ def _tag_version(
     for name, value in wanted.items():
         if name in ANSWER_TAGS or tags.get(name) != value:
             client.set_model_version_tag(version.name, version.version, name, value)
+
+
+def _tag_run(client: Any, run_id: str, tags: Mapping[str, str]) -> None:
+    """Write tags on a run, unless it was deleted since: the versions say the same."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        for name, value in tags.items():
+            client.set_tag(run_id, name, value)
+    except MlflowException as error:
+        # The second is what MLflow says of a run that its clean-up has not yet removed.
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
 
 
 def _answer_in(tags: Mapping[str, str]) -> Answer | None:

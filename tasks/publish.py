@@ -139,7 +139,7 @@ def current_champion(recipe: Recipe, journal: Journal) -> Registered | None:
 def _register(
     name: str, record: Record, task_name: Task, base: Registered | None, journal: Journal
 ) -> Registered:
-    found = find_registered(journal.client, name, record.key)
+    found = find_registered(journal.client, name, record.key, base.uri if base else None)
     if found is not None:
         return found
     with tempfile.TemporaryDirectory(prefix="stillroom-") as scratch:

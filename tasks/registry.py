@@ -91,14 +91,19 @@ def register_adapter(client: Any, candidate: Candidate, base: Registered) -> Reg
     return _register(client, candidate, "adapter", reference)
 
 
-def find_registered(client: Any, name: str, artifact_key: str) -> Registered | None:
-    """Return the version of `name` that holds an artifact, or None."""
+def find_registered(
+    client: Any, name: str, artifact_key: str, base: str | None = None
+) -> Registered | None:
+    """Return the version of `name` that holds an artifact, or None.
+
+    An adapter is one only on the version that `base` refers to: another may have been deleted.
+    """
     with reaching(client.tracking_uri):
         versions = client.search_model_versions(
             f"name = '{name}' and tag.`{TAG_KEY}` = '{artifact_key}'"
         )
     for version in versions:
-        if version.status == "READY":
+        if version.status == "READY" and version.tags.get(TAG_BASE) == base:
             return Registered(
                 name, str(version.version), artifact_key, created=False, tags=version.tags
             )
@@ -165,7 +170,8 @@ def _bears(now: Registered | None, registered: Registered) -> bool:
 def _register(
     client: Any, candidate: Candidate, kind: Kind, base: BaseReference | None
 ) -> Registered:
-    found = find_registered(client, candidate.name, candidate.artifact_key)
+    uri = _uri(base) if base else None
+    found = find_registered(client, candidate.name, candidate.artifact_key, uri)
     if found is not None:
         return found
     files = list_files(candidate.folder)
@@ -179,7 +185,7 @@ def _register(
         logged = _upload(client, candidate, contents)
         # Two flows may have uploaded the same at once: the first to get here is kept.
         with model_lock(client, candidate.name):
-            found = find_registered(client, candidate.name, candidate.artifact_key)
+            found = find_registered(client, candidate.name, candidate.artifact_key, uri)
             if found is not None:
                 client.delete_logged_model(logged.model_id)
                 return found
@@ -260,8 +266,12 @@ def _version_tags(candidate: Candidate, contents: Contents) -> dict[str, str]:
     }
     if contents.base is not None:
         tags[TAG_BASE_KEY] = contents.base.artifact_key
-        tags[TAG_BASE] = f"models:/{contents.base.name}/{contents.base.version}"
+        tags[TAG_BASE] = _uri(contents.base)
     return tags
+
+
+def _uri(base: BaseReference) -> str:
+    return f"models:/{base.name}/{base.version}"
 
 
 def _listed(client: Any, registered: Registered, scratch: Path) -> Contents:

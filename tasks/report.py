@@ -1,8 +1,13 @@
 """Write the report: a page for MLflow, a table for the terminal and for Prefect."""
 
-from collections.abc import Sequence
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from prefect import task
@@ -23,6 +28,7 @@ from tasks.settings import Settings
 from tasks.store.record import Record
 from tasks.training_curves import read_curves
 
+PAGE, BESIDE = "report.html", "report.json"
 Role = Literal["model", "adapter", "control"]
 
 
@@ -52,10 +58,8 @@ def write_report(
     """Write the report and return where it is and what it says."""
     figures = {row.evaluation.key: read_figures(journal.store, row.evaluation) for row in shown}
     data = _report_data(recipe, shown, figures, gates, published, journal)
-    target = Settings().root / "reports" / recipe.name / "report.html"
-    _render(data, target)
-    journal.log_file(target)
-    journal.log_file(target.with_suffix(".json"))
+    target = Settings().root / "reports" / recipe.name / PAGE
+    keep_report(data, target.parent, journal.log_file)
     journal.figures.update(_summary_figures(data))
     page = render_markdown(data)
     create_markdown_artifact(page, key="report", description=data.summary)
@@ -208,15 +212,45 @@ def _to_approve(published: Publication) -> str:
     return published.question.versions[0] if published.question and asks else ""
 
 
-def _render(data: ReportData, target: Path) -> None:
-    """Write the page and its data, unless the same page is there already."""
-    beside = target.with_suffix(".json")
-    if target.exists() and beside.exists() and beside.read_text() == data.to_json():
-        return
-    from stillroom.evaluation.report import render_report
+def keep_report(data: ReportData, folder: Path, log: Callable[[Path], None]) -> None:
+    """Log page and data, and leave them in a folder that other runs of this name share.
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    render_report(data, target)
+    A page that is there already is not drawn again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".", dir=folder) as scratch:
+        page, beside = Path(scratch) / PAGE, Path(scratch) / BESIDE
+        if not _copied(data, folder, page, beside):
+            from stillroom.evaluation.report import render_report
+
+            render_report(data, page)
+        log(page)
+        log(beside)
+        with _alone(folder):
+            (folder / BESIDE).unlink(missing_ok=True)  # a crash leaves no page beside other data
+            os.replace(page, folder / PAGE)
+            os.replace(beside, folder / BESIDE)
+
+
+def _copied(data: ReportData, folder: Path, page: Path, beside: Path) -> bool:
+    """Return whether the folder held the page of this data, and the two are copied."""
+    with _alone(folder), suppress(OSError):
+        if (folder / BESIDE).read_text(encoding="utf-8") == data.to_json():
+            shutil.copyfile(folder / PAGE, page)
+            shutil.copyfile(folder / BESIDE, beside)
+            return True
+    return False
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _summary_figures(data: ReportData) -> dict[str, float]:

@@ -84,7 +84,8 @@ class ServedModel:
 
         Args:
             model_input: a table with the one column `text`, a list of texts, or one text.
-            max_new_tokens: most tokens that a causal LM adds to each text.
+            max_new_tokens: most tokens that a causal LM adds to each text. Of a text that is too
+                long for the model's context it reads the end, so that they fit in it.
 
         Returns:
             For a causal LM the column `generated`, without the prompt; for a masked one `filled`,
@@ -93,7 +94,8 @@ class ServedModel:
             probability) and `scores` (every class's probability).
 
         Raises:
-            MismatchError: no texts came, or for a masked LM one without a mask that is read.
+            MismatchError: no texts came, for a masked LM one without a mask that is read, or a
+                causal LM's context does not hold as many new tokens.
         """
         texts = texts_of(model_input)
         match self.contents.task:
@@ -122,9 +124,10 @@ class ServedModel:
         return model.to(device), load_tokenizer(folder)
 
     def _load_gguf(self, folder: Path) -> tuple[Any, Any]:
-        from stillroom.models import load_tokenizer
+        from stillroom.models import load_config, load_tokenizer
 
         self.stop_ids = read_stop_ids(folder)
+        self.context = getattr(load_config(folder), "max_position_embeddings", None)
         return LlamaCppModel(folder / GGUF_FILE), load_tokenizer(folder)
 
     def _load_adapted(self, adapter: Path) -> tuple[Any, Any]:
@@ -153,12 +156,38 @@ class ServedModel:
         # One by one: padding changes the rounding, and a greedy choice may hang on it.
         for text in texts:
             ids = self.tokenizer(text)["input_ids"] or [self._start_id()]
+            ids = self._cut(ids, max_new_tokens)
             if self.engine == "llama.cpp":
                 fresh = self.model.continue_greedily(ids, max_new_tokens, self.stop_ids)
             else:
                 fresh = self._continue_in_torch(ids, max_new_tokens)
             generated.append(self.tokenizer.decode(fresh, skip_special_tokens=True))
         return pandas.DataFrame({"generated": generated})
+
+    def _cut(self, ids: list[int], max_new_tokens: int) -> list[int]:
+        """Return the last tokens of a prompt, as many as leave room for new ones.
+
+        A token that begins every text stays. The last new token is never read.
+        """
+        limit = self._context()
+        if limit is None or len(ids) + max_new_tokens - 1 <= limit:
+            return ids
+        room = limit + 1 - max_new_tokens
+        begun = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
+        if room <= len(begun):
+            raise MismatchError(
+                f"expected at most {limit - len(begun)} new tokens, {max_new_tokens} came: the "
+                f"model reads {limit} tokens, the text included; set max_new_tokens lower"
+            )
+        return begun + ids[len(ids) - room + len(begun) :]
+
+    def _context(self) -> int | None:
+        """Return how many tokens of a row the causal LM was made for, None for any number."""
+        if self.engine == "llama.cpp":
+            return self.context
+        from stillroom.adapters.adapted_model import text_limit
+
+        return text_limit(self.model)
 
     def _continue_in_torch(self, ids: list[int], max_new_tokens: int) -> list[int]:
         import torch

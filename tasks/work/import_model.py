@@ -15,6 +15,7 @@ from tasks.work.bench import Bench, Result
 # Weights in other formats can run code when they are read, and are left behind.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 CODE = ("*.py",)
+WHOLE = "model.safetensors"
 
 
 def work(bench: Bench) -> Result:
@@ -71,6 +72,8 @@ def _check(folder: Path, reference: str) -> None:
         )
     for file in files:
         _check_whole(file, reference)
+    for index in folder.glob("*.safetensors.index.json"):
+        _check_index(index, reference)
     tokenizer_hash(load_tokenizer(folder))
 
 
@@ -83,6 +86,27 @@ def _check_whole(file: Path, reference: str) -> None:
             f"{reference} cannot be loaded: {file.name} is truncated or damaged ({error}); fetch "
             "it again"
         ) from error
+
+
+def _check_index(index: Path, reference: str) -> None:
+    """Refuse an index of shards that names others than those beside it: somebody else's, perhaps.
+
+    Beside the one file of the whole model an index may be left of shards that are no longer there.
+    """
+    try:
+        named = set(map(str, json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(
+            f"{reference} cannot be loaded: {index.name} is no index of safetensors files "
+            f"({type(error).__name__}: {error}); fetch it again"
+        ) from error
+    there = {file.name for file in index.parent.glob("*.safetensors")}
+    wrong = [name for name in named - there if WHOLE not in there or Path(name).name != name]
+    if wrong:
+        raise SourceError(
+            f"{reference} cannot be loaded: {index.name} names {min(wrong)!r}, expected one of the "
+            "safetensors files beside it; fetch all of them again"
+        )
 
 
 def _note_dtype(folder: Path, dtype: str) -> None:

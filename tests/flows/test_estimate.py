@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from flows.estimate import START_SECONDS, Estimate, estimate
+from flows.estimate import START_SECONDS, Estimate, _data_of, estimate
 from flows.shape import Shape
 from stillroom.config import validate
 from tasks.stages import (
@@ -49,3 +49,33 @@ def test_a_training_takes_as_long_as_its_steps_or_its_epochs(stage: Stage) -> No
     twice = planned(stage, epochs=2)
     assert some.seconds - START_SECONDS == pytest.approx((whole.seconds - START_SECONDS) / 5)
     assert twice.seconds - START_SECONDS == pytest.approx((whole.seconds - START_SECONDS) * 2)
+
+
+@pytest.mark.parametrize(
+    ("title", "lengths"),
+    [
+        ("train adapter law", 1),
+        ("evaluate student + law on law", 1),
+        ("train adapter case-law", 2),
+        ("evaluate student", 3),
+    ],
+)
+def test_an_adapters_stages_are_counted_with_its_own_text(title: str, lengths: int) -> None:
+    def data(length: int) -> dict[str, Any]:
+        return {"train": {"source": "text.jsonl"}, "sequence_length": length}
+
+    recipe = validate(
+        {
+            "name": "planned",
+            "teacher": {"source": "elsewhere"},
+            "data": data(300),
+            "adapters": [
+                {"name": "law", "data": data(100)},
+                {"name": "case-law", "data": data(200)},
+                {"name": "student", "data": data(400)},
+            ],
+        },
+        "test",
+    )
+    order = Order(title=title, stage=TRAIN_ADAPTER, section={}, seed=0)
+    assert _data_of(order, recipe).sequence_length == 100 * lengths

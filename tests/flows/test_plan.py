@@ -132,6 +132,16 @@ def test_workers_measure_speeds_of_their_own(place: Path) -> None:
     assert {title for title in before if before[title] != after[title]} == measured
 
 
+@pytest.mark.parametrize(
+    ("approval", "said"),
+    [(False, "and move the alias champion"), (True, "and ask for an approval before the alias")],
+)
+def test_the_plan_says_whether_somebody_is_asked(place: Path, approval: bool, said: str) -> None:
+    publish = {"publish": {"name": "tiny", "alias": "champion", "approval": approval}}
+    recipe = validate(merged(RECIPE, publish), "test")
+    assert said in "\n".join(print_plan(recipe, plan(recipe, open_store(str(place)))))
+
+
 def test_the_plan_says_what_workers_make(place: Path) -> None:
     recipe = validate(merged(RECIPE, {"execution": {"over": "workers"}}), "test")
     lines = list(print_plan(recipe, plan(recipe, open_store(str(place)))))

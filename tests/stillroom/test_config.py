@@ -42,6 +42,16 @@ def test_every_field_says_in_a_sentence_what_it_is() -> None:
             assert field.description.rstrip().endswith("."), f"{model.__name__}.{name}"
 
 
+def test_an_adapter_is_not_called_as_what_another_is_merged_into() -> None:
+    changes = ["adapters.0.name=french", "adapters.0.merge={}"]
+    recipe = load_recipe(DEMO, changes).model_dump(mode="json", exclude_unset=True)
+    second = {**recipe["adapters"][0], "name": "french-merged"}
+    with pytest.raises(RecipeError, match="french-merged: what french is merged into is"):
+        validate({**recipe, "adapters": [*recipe["adapters"], second]}, "test")
+    recipe["adapters"][0].pop("merge")
+    validate({**recipe, "adapters": [*recipe["adapters"], second | {"merge": None}]}, "test")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

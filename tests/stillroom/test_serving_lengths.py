@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     BloomConfig,
     BloomForSequenceClassification,
@@ -9,9 +10,12 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+import stillroom.serving
 from stillroom.adapters.adapted_model import AdaptedModel
 from stillroom.adapters.options import LoraOptions, PrefixOptions, PromptOptions, PTuningOptions
 from stillroom.contents import Contents
+from stillroom.errors import MismatchError
+from stillroom.llama_engine import GGUF_FILE
 from stillroom.models import save_model
 from stillroom.serving import ServedModel
 from tests.stillroom.tiny import (
@@ -19,7 +23,9 @@ from tests.stillroom.tiny import (
     tiny_bert_classifier,
     tiny_bert_masked,
     tiny_masked_tokenizer,
+    tiny_tokenizer,
 )
+from tests.stillroom.tiny_decoders import tiny_gpt2
 
 ADAPTERS = {
     "prompt_tuning": (PromptOptions(8), 8),
@@ -94,3 +100,55 @@ def test_a_tokenizers_limit_holds_where_the_model_has_none(tmp_path):
 def test_positions_that_begin_behind_the_paddings_id_are_fewer(tmp_path):
     model = served(tiny_roberta(), tmp_path)
     assert torch.equal(scores(model, [LETTERS]), scores(model, [cut_to(32)]))
+
+
+def continuing(model, folder, adds_start=False):
+    tokenizer = tiny_tokenizer()
+    if adds_start:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    save_model(model, tokenizer, folder)
+    (folder / GGUF_FILE).touch()
+    contents = Contents("base", "causal_lm", "a" * 64, "Apache-2.0", ())
+    return ServedModel(folder, contents, {"engine": "torch"})
+
+
+def test_the_end_of_a_long_text_is_continued(tmp_path):
+    model = continuing(tiny_gpt2(), tmp_path)
+    answers = model.predict([LETTERS, "abc"], max_new_tokens=4)["generated"]
+    assert answers[0] == model.predict([LETTERS[-61:]], max_new_tokens=4)["generated"][0]
+    assert answers[1] == model.predict(["abc"], max_new_tokens=4)["generated"][0]
+    model.predict(["a"], max_new_tokens=64)
+    with pytest.raises(MismatchError, match="at most 64 new tokens, 65 came"):
+        model.predict(["a"], max_new_tokens=65)
+
+
+def test_the_token_that_begins_every_text_stays(tmp_path, monkeypatch):
+    model = continuing(tiny_gpt2(), tmp_path, adds_start=True)
+    read = []
+    monkeypatch.setattr(model, "_continue_in_torch", lambda ids, count: read.append(ids) or [])
+    model.predict([LETTERS], max_new_tokens=4)
+    assert read == [[1, *tiny_tokenizer()(LETTERS[-60:])["input_ids"]]]
+    with pytest.raises(MismatchError, match="at most 63 new tokens, 64 came"):
+        model.predict(["a"], max_new_tokens=64)
+
+
+def test_llama_cpp_reads_no_more_than_the_model_was_trained_with(tmp_path, monkeypatch):
+    read = []
+
+    class Recorder:
+        def __init__(self, file):
+            assert file.name == GGUF_FILE
+
+        def continue_greedily(self, ids, max_new_tokens, stop_ids):
+            read.append(len(ids))
+            return []
+
+    monkeypatch.setattr(stillroom.serving, "LlamaCppModel", Recorder)
+    monkeypatch.setattr(stillroom.serving, "choose_engine", lambda *_: "llama.cpp")
+    model = continuing(tiny_gpt2(), tmp_path)
+    model.predict([LETTERS, "abc"], max_new_tokens=4)
+    assert read == [61, 3]
+    with pytest.raises(MismatchError, match="at most 64 new tokens, 65 came"):
+        model.predict(["a"], max_new_tokens=65)

@@ -8,7 +8,9 @@ import pytest
 
 import flows.__main__
 import tasks.approval
+from flows.approve import _table
 from stillroom.errors import MismatchError, SourceError
+from stillroom.evaluation.report_data import ReportData
 from tasks.approval import Answer, Question, ask, pending_question, question_of, settle
 from tasks.registry import Registered, champion, move_alias, register_base, tag_gates
 from tests.registering import Place, llama_folder, register_pair
@@ -156,6 +158,36 @@ def test_approval_that_a_crash_cut_short_is_gone_through_with(
     assert bearers(place) == ["1", "1"]
 
 
+def test_an_approval_moves_the_alias_once(
+    place: Place, pair: tuple[Registered, Registered]
+) -> None:
+    before = rival(place)
+    asked = question(place, pair)
+    ask(place.client, asked)
+    settle(place.client, asked, YES)
+    assert bearers(place) == ["1", "1"]
+
+    place.client.set_registered_model_alias("tiny", "champion", before.version)
+    assert ask(place.client, question(place, pair[:1], run="later")) is None
+    assert tags(place, pair[0])["stillroom.approval"] == "pending"
+    assert "stillroom.approval_used" not in tags(place, pair[0])
+    assert bearers(place) == ["2", "1"]
+    settle(place.client, pending_question(place.client, "models:/tiny/1"), YES)
+    assert bearers(place) == ["1", "1"]
+
+
+@pytest.mark.parametrize("gone", ["deleted", "removed"])
+def test_an_approval_outlasts_the_run_that_asked(
+    gone: str, place: Place, pair: tuple[Registered, Registered]
+) -> None:
+    run = place.parent.run_id if gone == "deleted" else "0" * 32
+    ask(place.client, question(place, pair, run))
+    place.client.delete_run(place.parent.run_id)
+    settle(place.client, pending_question(place.client, "models:/tiny/1"), YES)
+    assert bearers(place) == ["1", "1"]
+    assert tags(place, pair[1])["stillroom.approval"] == "approved"
+
+
 def test_answer_that_a_crash_cut_short_is_none(
     place: Place, pair: tuple[Registered, Registered], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +244,15 @@ def test_a_question_can_be_answered_where_its_table_cannot_be_read(
     said = capsys.readouterr().out
     assert f"the table of MLflow's run {place.parent.run_id} cannot be read from here" in said
     assert bearers(place) == ["1", "1"]
+
+
+def test_a_report_that_was_cut_off_hinders_no_answer(place: Place) -> None:
+    file = place.root / "report.json"
+    file.write_text(ReportData("tiny", "now", ()).to_json()[:40])
+    place.client.log_artifact(place.parent.run_id, str(file))
+    assert "cannot be read from here: 1 validation error" in _table(
+        place.client, place.parent.run_id
+    )
 
 
 def test_secrets_stay_out_of_what_is_kept(

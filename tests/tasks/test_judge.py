@@ -1,10 +1,13 @@
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from stillroom.config import Gates
+from flows.compress import _candidate
+from flows.road import Made, Measured
+from stillroom.config import BASE_TEXT, Gates
 from stillroom.evaluation.estimates import Quality, exact
 from stillroom.evaluation.figures import Cost
 from tasks.judge import Candidate, judge_candidate
@@ -71,3 +74,54 @@ def test_a_made_model_must_load_as_what_it_was(
 
 def test_a_made_model_that_was_not_checked_fails(store: ArtifactStore, tmp_path: Path) -> None:
     assert judged(store, tmp_path / "made", inputs={"base": "c"})["reload"] is False
+
+
+@pytest.mark.parametrize(
+    ("metrics", "layers", "failed"),
+    [
+        ({"reload_max_difference": 0.0, "reload_max_logit": 1.0}, [], set()),
+        ({"reload_max_difference": 0.1, "reload_max_logit": 1.0}, [], {"reload (law)"}),
+        ({}, [], {"reload (law)"}),
+        (
+            {"reload_max_difference": 0.0, "reload_max_logit": 1.0},
+            [{"name": "lm_head", "fell_back": True}],
+            {"fallback (law)"},
+        ),
+    ],
+)
+def test_a_merged_model_is_judged_too(
+    metrics: dict[str, float],
+    layers: list[dict[str, Any]],
+    failed: set[str],
+    store: ArtifactStore,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "quality.json").write_text(QUALITY.to_json())
+    (tmp_path / "cost.json").write_text(COST.to_json())
+    evaluation = add(store, tmp_path, "evaluation", "a")
+    base = add(store, tmp_path, "model", "b", inputs={"source": "c"})
+    (tmp_path / "layers.json").write_text(json.dumps(layers))
+    merged = add(store, tmp_path, "model", "d", metrics=metrics)
+    candidate = Candidate(base, evaluation, evaluation, None, {"law": (merged, evaluation)})
+    bounds = Gates(max_size_bytes=100)
+    gates = judge_candidate.fn(candidate, bounds, SimpleNamespace(store=store))
+    assert [gate.name for gate in gates] == [
+        "finite", "fallback", "size", "finite (law)", "fallback (law)", "reload (law)",
+    ]  # fmt: skip
+    assert {gate.name for gate in gates if not gate.passed} == failed
+    assert all(gate.sentence.startswith("law merged: ") for gate in gates[3:])
+
+
+def test_what_adapters_are_merged_into_comes_before_the_judge() -> None:
+    teacher, small, merged = (SimpleNamespace(key=key) for key in "abc")
+    measured = [
+        Measured("teacher", BASE_TEXT, teacher, "of the teacher"),
+        Measured("quantized", BASE_TEXT, small, "of the small one"),
+        Measured("quantized", "law", small, "on law"),
+        Measured("quantized + law", "law", small, "with law", "an adapter"),
+        Measured("quantized + law, merged", "law", merged, "of the merged one"),
+    ]
+    made: Any = Made(teacher, "data", small, {"law": "an adapter"}, {"law": merged}, measured)
+    candidate = _candidate(made, None)
+    assert (candidate.model, candidate.evaluation) == (small, "of the small one")
+    assert candidate.merged == {"law": (merged, "of the merged one")}

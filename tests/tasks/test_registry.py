@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,24 @@ def test_two_at_once_register_one_version(place: Place) -> None:
     assert {made.version for made in both} == {"1"}
     assert sorted(made.created for made in both) == [False, True]
     assert len(place.client.search_model_versions("name = 'tiny'")) == 1
+
+
+def test_an_adapter_is_registered_anew_where_its_base_was_deleted(place: Place) -> None:
+    base, adapter = register_pair(place)
+    again = place.candidate("tiny-law", place.root / "adapter", "b" * 64)
+    assert register_adapter(place.client, again, base) == replace(adapter, created=False)
+    place.client.delete_model_version("tiny", base.version)
+
+    base = register_base(place.client, place.candidate("tiny", llama_folder(place.root), "a" * 64))
+    made = register_adapter(place.client, again, base)
+
+    assert made == Registered("tiny-law", "2", "b" * 64, created=True)
+    assert find_registered(place.client, "tiny-law", "b" * 64, base.uri) == replace(
+        made, created=False
+    )
+    assert find_registered(place.client, "tiny-law", "b" * 64) is None
+    stored = place.client.get_model_version("tiny-law", "2")
+    assert stored.tags["stillroom.base"] == base.uri == "models:/tiny/2"
 
 
 def test_empty_folder_is_refused_and_nothing_registered(place: Place) -> None:

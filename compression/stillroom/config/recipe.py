@@ -62,6 +62,12 @@ class Recipe(Section):
             raise ValueError(
                 f"adapters.{BASE_TEXT}: reports call the text of `data` so; give it another name"
             )
+        for each in self.adapters:
+            if each.method == "lora" and each.merge and f"{each.name}-merged" in names:
+                raise ValueError(
+                    f"adapters.{each.name}-merged: what {each.name} is merged into is registered "
+                    "so; give it another name"
+                )
         if "cross_entropy" in self.controls and self.distillation is None:
             raise ValueError("controls: cross_entropy needs a distillation section")
         if self.distillation and self.task != "sequence_classification":

@@ -1,11 +1,14 @@
 """Documents from a dataset on the hub."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stillroom.data.documents import Document
 from stillroom.data.files import Columns, documents_from_rows
 from stillroom.errors import DataError, SourceError
+
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def read_hub(
@@ -19,7 +22,8 @@ def read_hub(
     """Read the documents of one split of a hub dataset; class numbers become class names.
 
     Raises:
-        SourceError: the dataset, configuration or split is not there, or there is no network.
+        SourceError: the dataset, configuration or split is not there, or not at the pinned commit,
+            or there is no network.
         DataError: a column is missing or holds the wrong kind of value, or there is no text.
     """
     columns = columns or Columns()
@@ -43,7 +47,10 @@ def _load(repo_id: str, revision: str | None, config: str | None, split: str) ->
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
     try:
-        return datasets.load_dataset(repo_id, config, split=split, revision=revision)
+        builder = datasets.load_dataset_builder(repo_id, config, revision=revision)
+        _require_asked_for(builder, repo_id, revision)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
     except (ConnectionError, OfflineModeIsEnabled, HTTPError) as error:
         raise SourceError(
             f"the hub expected to answer for {repo_id}: {_first_line(error)}; connect to the "
@@ -55,6 +62,25 @@ def _load(repo_id: str, revision: str | None, config: str | None, split: str) ->
             f"revision {revision or 'main'}): {_first_line(error)}; check the names, and log in if "
             "it is not public"
         ) from error
+
+
+def _require_asked_for(builder: Any, repo_id: str, revision: str | None) -> None:
+    """Refuse what `datasets` takes instead of the commit of a dataset on the hub.
+
+    Names of its own loaders, such as text, stand for the files of the working directory; and where
+    the hub does not answer, it takes whatever commit it has kept.
+    """
+    if builder.repo_id != repo_id:
+        raise SourceError(
+            f"a dataset on the hub expected, {repo_id!r} is none: datasets has a loader of that "
+            "name, which would read the working directory; write owner/name, or name a local file"
+        )
+    if revision and COMMIT.fullmatch(revision) and builder.hash != revision:
+        raise SourceError(
+            f"dataset {repo_id} expected at commit {revision[:12]}, {builder.hash[:12]} came, "
+            "which was kept from earlier: connect to the network and unset HF_HUB_OFFLINE, or pin "
+            "that one"
+        )
 
 
 def _rows(dataset: Any, columns: Columns) -> Iterator[Mapping[str, Any]]:

@@ -1,7 +1,7 @@
 """What a report says, as data: the same file feeds the page, the terminal and Prefect."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from stillroom.evaluation.attribution import LossStep, Verdict
 from stillroom.evaluation.estimates import Quality
@@ -62,6 +62,9 @@ class LineageEntry:
 @dataclass(frozen=True)
 class ReportData:
     """Everything a report shows; equal data gives equal bytes."""
+
+    # JSON has no numbers for NaN and infinity: without this they come out as null.
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"ser_json_inf_nan": "strings"}
 
     title: str
     created: str

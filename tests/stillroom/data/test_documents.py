@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -197,6 +198,9 @@ def test_wrong_values_say_where(tmp_path: Path, row: dict[str, object], match: s
         read_documents(tmp_path / "t.jsonl", messages_column="m", label_column="y")
 
 
+KEPT = "a" * 40
+
+
 class TestHub:
     """The hub's dataset library is real; the network is not."""
 
@@ -210,16 +214,21 @@ class TestHub:
         rows = {"body": ["one", "two"], "y": [1, 0]}
         dataset = datasets.Dataset.from_dict(rows, features=features)
 
-        def load(path: str, name: str | None, *, split: str, revision: str | None) -> object:
+        def load(path: str, name: str | None, *, revision: str | None) -> object:
             match path:
                 case "there/is":
-                    return dataset
+                    return SimpleNamespace(
+                        repo_id=path,
+                        hash=KEPT,
+                        download_and_prepare=lambda: None,
+                        as_dataset=lambda split: dataset,
+                    )
                 case "no/network":
                     raise ConnectionError("Couldn't reach it (OfflineModeIsEnabled)")
                 case _:
                     raise datasets.exceptions.DatasetNotFoundError("doesn't exist\nor so")
 
-        monkeypatch.setattr(datasets, "load_dataset", load)
+        monkeypatch.setattr(datasets, "load_dataset_builder", load)
 
     def test_class_numbers_become_names(self, loaded: None) -> None:
         documents = read_hub("there/is", columns=Columns(text="body", label="y"))
@@ -238,3 +247,19 @@ class TestHub:
     ) -> None:
         with pytest.raises(error, match=match):
             read_hub(repo)
+
+    def test_another_commit_than_the_pinned_one_is_refused(self, loaded: None) -> None:
+        columns = Columns(text="body")
+        assert read_hub("there/is", revision=KEPT, columns=columns)
+        assert read_hub("there/is", revision="main", columns=columns)
+        with pytest.raises(SourceError, match="at commit bbbbbbbbbbbb, aaaaaaaaaaaa came"):
+            read_hub("there/is", revision="b" * 40, columns=columns)
+
+    @pytest.mark.parametrize("revision", [None, "b" * 40])
+    def test_the_working_directory_is_no_dataset(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str | None
+    ) -> None:
+        (tmp_path / "secret.txt").write_text("a secret of the worker")
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SourceError, match="'text' is none: datasets has a loader"):
+            read_hub("text", revision=revision)

@@ -1,5 +1,6 @@
 """The report holds everything, loads nothing, and is the same bytes each time."""
 
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -261,3 +262,15 @@ def test_counts_are_short():
         "134.5M",
         "7B",
     ]
+
+
+def test_data_that_is_no_number_is_read_back(data):
+    nan, infinite = float("nan"), float("inf")
+    broken = replace(
+        data,
+        layer_errors=(LayerError("lm_head", nan),),
+        curves=(Curve("distillation", "loss", "nats", (1, 2), (infinite, -infinite)),),
+    )
+    read = ReportData.from_json(broken.to_json())
+    assert math.isnan(read.layer_errors[0].relative_error)
+    assert replace(read, layer_errors=()) == replace(broken, layer_errors=())
