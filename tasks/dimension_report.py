@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
@@ -40,15 +42,13 @@ def write_dimension_report(
     target = Settings().root / "reports" / recipe.name
     target.mkdir(parents=True, exist_ok=True)
     for name in (RESULT, PLOT):
-        content = journal.store.read_file(record, name)
-        if content is None:
-            raise CorruptedError(
-                f"{record.kind} {record.key[:12]} has no {name}; `python -m flows store verify "
-                "--repair` removes it, and a rerun makes it again"
-            )
-        (target / name).write_bytes(content)
-        journal.log_file(target / name)
-    found = Dimension.from_json(json.loads((target / RESULT).read_text()))
+        # Other runs of this name share the folder: what is logged is this run's own.
+        with TemporaryDirectory(prefix=".", dir=target) as scratch:
+            file = Path(scratch) / name
+            file.write_bytes(_content(journal, record, name))
+            journal.log_file(file)
+            file.replace(target / name)
+    found = Dimension.from_json(json.loads(_content(journal, record, RESULT)))
     journal.figures.update(
         {k: v for k, v in record.metrics.items() if k not in ("seconds", "peak_memory_bytes")}
     )
@@ -57,6 +57,16 @@ def write_dimension_report(
         f"{found.sentence()}\n\n{table}", key="intrinsic-dimension", description=found.sentence()
     )
     return DimensionOutcome(found.sentence(), table, found, str(target), journal.link)
+
+
+def _content(journal: Journal, record: Record, name: str) -> bytes:
+    content = journal.store.read_file(record, name)
+    if content is None:
+        raise CorruptedError(
+            f"{record.kind} {record.key[:12]} has no {name}; `python -m flows store verify "
+            "--repair` removes it, and a rerun makes it again"
+        )
+    return content
 
 
 def _table(found: Dimension) -> list[str]:

@@ -25,16 +25,16 @@ class Stage:
 
 
 IMPORT_MODEL = Stage("import_model", "model", 1)
-TRIM_VOCABULARY = Stage("trim_vocabulary", "model", 2)
-PREPARE_DATA = Stage("prepare_data", "dataset", 2)
-TUNE_TEACHER = Stage("tune_teacher", "model", 3)
-CACHE_TEACHER = Stage("cache_teacher", "teacher-cache", 5)
-DISTILL_STUDENT = Stage("distill_student", "model", 3)
+TRIM_VOCABULARY = Stage("trim_vocabulary", "model", 3)
+PREPARE_DATA = Stage("prepare_data", "dataset", 3)
+TUNE_TEACHER = Stage("tune_teacher", "model", 4)
+CACHE_TEACHER = Stage("cache_teacher", "teacher-cache", 6)
+DISTILL_STUDENT = Stage("distill_student", "model", 4)
 QUANTIZE_MODEL = Stage("quantize_model", "model", 6)
-TRAIN_ADAPTER = Stage("train_adapter", "adapter", 6)
+TRAIN_ADAPTER = Stage("train_adapter", "adapter", 7)
 MERGE_ADAPTER = Stage("merge_adapter", "model", 4)
-EVALUATE_MODEL = Stage("evaluate_model", "evaluation", 4)
-RUN_TRIAL = Stage("run_trial", "trial", 2)
+EVALUATE_MODEL = Stage("evaluate_model", "evaluation", 5)
+RUN_TRIAL = Stage("run_trial", "trial", 3)
 FIT_DIMENSION = Stage("fit_dimension", "intrinsic-dimension", 1)
 
 STAGES = (
