@@ -29,13 +29,14 @@ def require_same_classes(
 ) -> None:
     """Refuse rows of other classes than a model's, or of the same in another order.
 
-    A class without a name of its own (LABEL_0) may bear any; a number is the class of that place.
+    A class without a name of its own (LABEL_0) may bear any; a number is the class of that place;
+    capitals do not count.
 
     Raises:
         MismatchError: its sentence says `whose` model it is, and ends with the `remedy`.
     """
     fits = len(known) == len(label_names) and all(
-        own in (name, f"LABEL_{place}") or name == str(place)
+        own.casefold() == name.casefold() or own == f"LABEL_{place}" or name == str(place)
         for place, (own, name) in enumerate(zip(known, label_names, strict=True))
     )
     if not fits:

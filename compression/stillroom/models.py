@@ -259,7 +259,7 @@ def lacks_label_head(config: dict[str, Any]) -> bool:
     """Return whether a config.json is of a model that would get a random head as a classifier."""
     name = (config.get("architectures") or [""])[0]
     own = "AutoModelForSequenceClassification" in config.get("auto_map", {})
-    return bool(name) and not name.endswith("Classification") and not own
+    return bool(name) and not name.endswith("ForSequenceClassification") and not own
 
 
 def _tell_padding(model: Any, folder: Path) -> None:

@@ -12,7 +12,6 @@ from tasks.stages import Order
 from tasks.store.record import Record
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from stillroom.models import Weights
@@ -47,12 +46,8 @@ class Bench:
         """What the models are for: causal_lm, masked_lm or sequence_classification."""
         return self.section["task"]
 
-    def load(
-        self, folder: Path, weights: "Weights" = "dense", dtype: "torch.dtype | None" = None
-    ) -> "PreTrainedModel":
+    def load(self, folder: Path, weights: "Weights" = "dense") -> "PreTrainedModel":
         """Return the model in `folder`, on the device that the recipe asks for.
-
-        Without a `dtype` it is of the saved one.
 
         Raises:
             RecipeError: the machine has no such device.
@@ -60,7 +55,7 @@ class Bench:
         """
         from stillroom.models import load_model
 
-        model = load_model(folder, task=self.task, dtype=dtype, weights=weights)
+        model = load_model(folder, task=self.task, weights=weights)
         return model.to(self.device)  # type: ignore[no-any-return, arg-type]
 
     def load_teacher(self) -> "PreTrainedModel":

@@ -15,7 +15,7 @@ from tasks.work.bench import Bench, Result
 # Weights in other formats can run code when they are read, and are left behind.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 CODE = ("*.py",)
-WHOLE = "model.safetensors"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def work(bench: Bench) -> Result:
@@ -91,7 +91,7 @@ def _check_whole(file: Path, reference: str) -> None:
 def _check_index(index: Path, reference: str) -> None:
     """Refuse an index of shards that names others than those beside it: somebody else's, perhaps.
 
-    Beside the one file of the whole model an index may be left of shards that are no longer there.
+    Shards may be absent that nobody reads: of another variant, or beside the whole model's file.
     """
     try:
         named = set(map(str, json.loads(index.read_text())["weight_map"].values()))
@@ -101,7 +101,8 @@ def _check_index(index: Path, reference: str) -> None:
             f"({type(error).__name__}: {error}); fetch it again"
         ) from error
     there = {file.name for file in index.parent.glob("*.safetensors")}
-    wrong = [name for name in named - there if WHOLE not in there or Path(name).name != name]
+    read = index.name == INDEX and WHOLE not in there
+    wrong = [name for name in named - there if read or Path(name).name != name]
     if wrong:
         raise SourceError(
             f"{reference} cannot be loaded: {index.name} names {min(wrong)!r}, expected one of the "

@@ -1,7 +1,5 @@
 """Merge an adapter into its quantized base: one model of few bits, refused if it lost too much."""
 
-import torch
-
 from stillroom.adapters.folder import DEFAULT, load_adapter
 from stillroom.adapters.requantize import merge_requantized, require_little_added
 from stillroom.data.prepare import load_prepared
@@ -17,10 +15,8 @@ def work(bench: Bench) -> Result:
     """Write a GPTQ checkpoint, and layers.json with the account of each layer."""
     section, base = bench.section, bench.inputs["base"]
     data = load_prepared(bench.inputs["data"])
-    # Rounded to half precision, most of a small update would be lost before it is quantized.
-    dense = bench.load(base, dtype=torch.float32)
     merged = merge_requantized(
-        load_adapter(dense, bench.inputs["adapter"]),
+        load_adapter(bench.load(base), bench.inputs["adapter"]),
         DEFAULT,
         data.calibration,
         data.evaluation,

@@ -62,6 +62,8 @@ def _require_positions(data: PreparedData, teacher: Path, task: Task) -> None:
 def _positions(teacher: Path, task: Task, wanted: int) -> int | None:
     """Return how many tokens a row may have, None where no table of positions limits them."""
     config = load_config(teacher)
+    if getattr(config, "relative_attention", False) and not config.position_biased_input:
+        return None  # DeBERTa's table is of distances, and the farthest stands for all beyond
     places = getattr(config, "max_position_embeddings", None)
     padding = getattr(config, "pad_token_id", None) or 0
     # Some tables begin behind the padding's id: only near the end the model has to be looked at.

@@ -36,6 +36,10 @@ def test_a_number_is_the_class_of_its_place(tmp_path: Path) -> None:
     require_known_labels(classifier(tmp_path, "World", "Business"), ("0", "1"))
 
 
+def test_capitals_do_not_count(tmp_path: Path) -> None:
+    require_known_labels(classifier(tmp_path, "NEGATIVE", "Positive"), ("negative", "positive"))
+
+
 @pytest.mark.parametrize(
     "labels",
     [("Business", "World"), ("World", "Sport"), ("World", "Business", "Sport"), ("0", "2")],

@@ -100,25 +100,6 @@ def test_a_merged_adapter_is_one_quantized_model_or_none(
                 merge_adapter.work(bench)
 
 
-def test_on_a_base_of_half_precision_it_is_merged_in_float32(
-    inputs: dict[str, Path], tmp_path: Path
-) -> None:
-    model, rows = tiny_gpt2().to(torch.bfloat16), token_rows(16)
-    model.config.dtype = torch.bfloat16
-    options = QuantizationOptions(bits=4, group_size=16)
-    base = tmp_path / "half"
-    save_quantized(model, tiny_tokenizer(), quantize_model(model, rows, options), base)
-    both = inputs | {"base": base}
-    both["adapter"] = trained("lora", both, tmp_path / "work")[1]
-    (tmp_path / "merge").mkdir()
-    section = as_json(Quantization(group_size=16)) | as_json(Merge(max_added_nats=5))
-    bench = new_bench(MERGE_ADAPTER, section | {"name": "law"}, tmp_path / "merge", both)
-    metrics = merge_adapter.work(bench).metrics
-    assert load_model(base).dtype == torch.bfloat16
-    assert load_model(bench.output).dtype == torch.float32
-    assert metrics["reload_max_difference"] < 1e-4 * metrics["reload_max_logit"]
-
-
 def test_what_is_no_low_rank_update_is_not_merged(inputs: dict[str, Path], tmp_path: Path) -> None:
     _, adapter = trained("bottleneck", inputs, tmp_path / "work")
     (tmp_path / "merge").mkdir()

@@ -71,6 +71,15 @@ def test_an_index_of_missing_files_is_refused_unless_the_whole_is_there(
     load_model(imported(sharded, tmp_path / "again"))
 
 
+def test_an_index_of_another_variants_absent_files_is_left_alone(
+    sharded: Path, tmp_path: Path
+) -> None:
+    (sharded / "model.fp16.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model.fp16-00001.safetensors"}})
+    )
+    load_model(imported(sharded, tmp_path / "bench"))
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
 def test_an_index_that_is_none_is_refused(text: str, sharded: Path, tmp_path: Path) -> None:
     (sharded / INDEX).write_text(text)

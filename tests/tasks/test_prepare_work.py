@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from stillroom.errors import RecipeError
 from stillroom.models import save_model
@@ -13,7 +14,13 @@ from tasks.sources import resolve_text
 from tasks.stages import PREPARE_DATA
 from tasks.work import prepare_data
 from tests.stillroom.test_serving_lengths import tiny_roberta
-from tests.stillroom.tiny import tiny_bert_masked, tiny_llama, tiny_masked_tokenizer, tiny_tokenizer
+from tests.stillroom.tiny import (
+    seeded,
+    tiny_bert_masked,
+    tiny_llama,
+    tiny_masked_tokenizer,
+    tiny_tokenizer,
+)
 from tests.tasks.benches import new_bench
 from tests.tasks.test_vocabulary_work import TEXT
 
@@ -56,3 +63,21 @@ def test_rows_beyond_a_table_of_positions_are_refused(
 
 def test_turned_positions_have_no_table(tmp_path: Path) -> None:
     assert prepared(tmp_path, tiny_llama(), "causal_lm", 129)["train_rows"] >= 2
+
+
+def test_distances_have_no_end(tmp_path: Path) -> None:
+    config = DebertaV2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        relative_attention=True,
+        position_buckets=16,
+        position_biased_input=False,
+        pos_att_type=["p2c", "c2p"],
+        pooler_hidden_size=32,
+    )
+    teacher = seeded(DebertaV2ForSequenceClassification, config)
+    assert prepared(tmp_path, teacher, "sequence_classification", 40)["train_rows"] >= 2

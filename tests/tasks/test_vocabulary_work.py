@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 from stillroom.config import Training
 from stillroom.data.documents import Document
@@ -22,7 +23,7 @@ from stillroom.models import (
 from tasks.sources import resolve_text
 from tasks.stages import TRIM_VOCABULARY, TUNE_TEACHER, as_json
 from tasks.work import trim_vocabulary, tune_teacher
-from tests.stillroom.tiny import tiny_bert_classifier, tiny_bert_masked, tiny_llama
+from tests.stillroom.tiny import seeded, tiny_bert_classifier, tiny_bert_masked, tiny_llama
 from tests.stillroom.trained_tokenizers import trained
 from tests.tasks.benches import new_bench
 
@@ -142,6 +143,12 @@ def test_a_bare_encoder_gets_a_head_from_the_seed_where_one_is_trained_later(
 CLASSIFY = {"task": "sequence_classification", "device": "cpu"}
 
 
+def tiny_t5(words: int) -> T5ForConditionalGeneration:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    ids = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1}
+    return seeded(T5ForConditionalGeneration, T5Config(vocab_size=words, **sizes, **ids))
+
+
 def trim_classifier(teacher: Path, place: Path) -> Path:
     """Trim a teacher for classes to the words of a text."""
     place.mkdir()
@@ -177,14 +184,21 @@ def tune_classifier(teacher: Path, place: Path) -> Path:
     return bench.output
 
 
-@pytest.mark.parametrize("kind", ["BertModel", "BertForMaskedLM", "LlamaForCausalLM"])
+@pytest.mark.parametrize(
+    "kind", ["BertModel", "BertForMaskedLM", "LlamaForCausalLM", "T5ForConditionalGeneration"]
+)
 def test_a_teacher_without_a_head_for_classes_gets_none_until_it_is_tuned(
     tmp_path: Path, kind: str
 ) -> None:
     tokenizer = trained("bpe")
     words = len(tokenizer)
     masked = tiny_bert_masked(vocab=words)
-    model = {"BertModel": masked.bert, "BertForMaskedLM": masked}.get(kind, tiny_llama(vocab=words))
+    model = {
+        "BertModel": masked.bert,
+        "BertForMaskedLM": masked,
+        "LlamaForCausalLM": tiny_llama(vocab=words),
+        "T5ForConditionalGeneration": tiny_t5(words),
+    }[kind]
     save_model(model, tokenizer, tmp_path / "teacher")
     assert read_config(tmp_path / "teacher")["architectures"] == [kind]
     folders = []
@@ -194,7 +208,7 @@ def test_a_teacher_without_a_head_for_classes_gets_none_until_it_is_tuned(
     first, again = ((folder / "model.safetensors").read_bytes() for folder in folders)
     assert first == again
     config = read_config(folders[0])
-    assert config["architectures"] == ["LlamaModel" if "Llama" in kind else "BertModel"]
+    assert config["architectures"] == [f"{kind.partition('For')[0].removesuffix('Model')}Model"]
     assert config["vocab_size"] < words
     tuned = load_model(tune_classifier(folders[0], tmp_path / "tuned"), task=CLASSIFY["task"])
     assert tuned.config.id2label == {0: "brown", 1: "lazy", 2: "quick"}

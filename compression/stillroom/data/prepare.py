@@ -206,7 +206,17 @@ def _label_names(
             f"two labels or more expected for classification: {', '.join(labels) or 'none'} came; "
             "name the label column, or set on_leak and the filters so that labels are left"
         )
-    return tuple(label_order if found <= set(label_order) else labels)
+    return _in_order(labels, label_order)
+
+
+def _in_order(labels: Sequence[str], label_order: Sequence[str]) -> tuple[str, ...]:
+    """Return a teacher's order of these labels, spelled as they are; theirs where it lacks one."""
+    own = {label.casefold(): label for label in labels}
+    known = [name.casefold() for name in label_order]
+    if len(own) == len(labels) and own.keys() <= set(known):
+        return tuple(own.get(folded, name) for folded, name in zip(known, label_order, strict=True))
+    numbers = tuple(map(str, range(len(label_order))))
+    return numbers if set(labels) <= set(numbers) else tuple(labels)
 
 
 def _by_value(label: str) -> tuple[bool, int, str]:

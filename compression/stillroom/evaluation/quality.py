@@ -113,9 +113,11 @@ def predict(model: PreTrainedModel, batch: Examples) -> Tensor:
     Of a model without a head they are the last hidden states, (rows, length, hidden).
     """
     device = input_device(model)
-    output = model(
-        input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device)
-    )
+    ids = batch.input_ids.to(device)
+    decoder = {}
+    if model.config.is_encoder_decoder and type(model).__name__.endswith("Model"):
+        decoder = {"decoder_input_ids": ids}  # which a head would have made
+    output = model(input_ids=ids, attention_mask=batch.attention_mask.to(device), **decoder)
     logits: Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
     if logits.dim() == 3:
         # Prompt tuning puts its virtual tokens in front: the text's positions are the last ones.

@@ -244,6 +244,7 @@ def test_labels_take_the_places_of_a_model_that_knows_them() -> None:
     assert torch.equal(all_three.labels, 2 * known.labels)
     assert torch.equal(prepared().labels, 1 - known.labels)
     assert prepared("LABEL_0", "LABEL_1").label_names == ("even", "odd")
+    assert prepared("Odd", "EVEN", "Neither").label_names == ("odd", "even", "Neither")
 
 
 def test_numbers_are_classes_in_their_order() -> None:
@@ -251,3 +252,6 @@ def test_numbers_are_classes_in_their_order() -> None:
     texts = [replace(text, label=str(i % 12)) for i, text in enumerate(documents(120))]
     data = prepare(options, texts, None, tiny_tokenizer(), "h")
     assert data.train.label_names == tuple(str(i) for i in range(12))
+    known = [f"LABEL_{i}" for i in range(13)]
+    data = prepare(options, texts, None, tiny_tokenizer(), "h", label_order=known)
+    assert data.train.label_names == tuple(str(i) for i in range(13))
