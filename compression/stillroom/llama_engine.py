@@ -1,6 +1,7 @@
 """Run a GGUF file under llama.cpp, where the package llama-cpp-python is installed."""
 
 import importlib.util
+import json
 import weakref
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -19,6 +20,16 @@ SMALLEST_CONTEXT = 512  # tokens
 def has_llama_cpp() -> bool:
     """Return whether llama.cpp can be imported here."""
     return importlib.util.find_spec("llama_cpp") is not None
+
+
+def read_stop_ids(folder: Path) -> frozenset[int]:
+    """Return the tokens that end a text, as `generate` of transformers reads them."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists():
+            ids = json.loads((folder / name).read_text()).get("eos_token_id")
+            if ids is not None:
+                return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
 
 
 class LlamaCppModel:

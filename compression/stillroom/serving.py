@@ -5,7 +5,6 @@ calls `as_pyfunc`, and the model is read from safetensors. Where the version hol
 and llama.cpp is installed, that decodes instead of torch; the tokenizer is the same.
 """
 
-import json
 import sys
 import tempfile
 import warnings
@@ -16,7 +15,7 @@ from typing import Any
 from stillroom.contents import Contents, read_contents
 from stillroom.errors import MismatchError
 from stillroom.intrinsic_dimension.folders import is_subspace
-from stillroom.llama_engine import GGUF_FILE, LlamaCppModel
+from stillroom.llama_engine import GGUF_FILE, LlamaCppModel, read_stop_ids
 from stillroom.remote_code import trusting_code
 from stillroom.serving_options import DEFAULT_CONFIG, choose_engine, trusts_code
 
@@ -285,16 +284,6 @@ class ServedModel:
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return int(pad if pad is not None else self._start_id())
-
-
-def read_stop_ids(folder: Path) -> frozenset[int]:
-    """Return the tokens that end a text, as `generate` of transformers reads them."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).exists():
-            ids = json.loads((folder / name).read_text()).get("eos_token_id")
-            if ids is not None:
-                return frozenset([ids] if isinstance(ids, int) else ids)
-    return frozenset()
 
 
 def texts_of(model_input: Any) -> list[str]:

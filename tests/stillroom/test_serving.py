@@ -10,10 +10,10 @@ import torch
 from stillroom import serving_options
 from stillroom.contents import BaseReference, Contents, list_files, verify_files
 from stillroom.errors import MismatchError, RecipeError, SourceError
-from stillroom.llama_engine import GGUF_FILE, LlamaCppModel, has_llama_cpp
+from stillroom.llama_engine import GGUF_FILE, LlamaCppModel, has_llama_cpp, read_stop_ids
 from stillroom.models import load_model, load_tokenizer, require_label_head
 from stillroom.quantization.formats.gguf_export import export_gguf
-from stillroom.serving import ServedModel, read_stop_ids
+from stillroom.serving import ServedModel
 from stillroom.serving_options import DEFAULT_CONFIG, choose_engine
 from tasks.registry import register_base
 from tests.stillroom.quantization.formats.gguf_models import tiny_model, write_checkpoint

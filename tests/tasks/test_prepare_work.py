@@ -66,18 +66,10 @@ def test_turned_positions_have_no_table(tmp_path: Path) -> None:
 
 
 def test_distances_have_no_end(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    places = {"max_position_embeddings": 32, "position_buckets": 16, "relative_attention": True}
     config = DebertaV2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        relative_attention=True,
-        position_buckets=16,
-        position_biased_input=False,
-        pos_att_type=["p2c", "c2p"],
-        pooler_hidden_size=32,
+        **sizes, **places, position_biased_input=False, num_attention_heads=4, pooler_hidden_size=32
     )
     teacher = seeded(DebertaV2ForSequenceClassification, config)
     assert prepared(tmp_path, teacher, "sequence_classification", 40)["train_rows"] >= 2

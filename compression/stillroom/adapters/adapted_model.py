@@ -24,11 +24,11 @@ from stillroom.adapters.options import (
     PTuningOptions,
     TopLayersOptions,
 )
-from stillroom.adapters.part import Part
+from stillroom.adapters.part import Part, unhooked_on_failure
 from stillroom.adapters.prefix_tuning import PrefixAdapter
 from stillroom.adapters.prompted_base import chosen, row_limit
 from stillroom.adapters.prompts import PromptAdapter
-from stillroom.adapters.routing import Rows
+from stillroom.adapters.routing import Rows, rows_by_name
 from stillroom.contents import Task
 from stillroom.errors import RecipeError
 
@@ -83,7 +83,7 @@ class AdaptedModel(nn.Module):
         before = self.selected
         self.select(None)
         try:
-            with _unhooked_on_failure(self.base):
+            with unhooked_on_failure(self.base):
                 part = _part(self.base, options, seed)
                 # A full copy has its head in itself.
                 own_head = task == "sequence_classification" and not isinstance(part, FullCopy)
@@ -215,7 +215,7 @@ class AdaptedModel(nn.Module):
 
     @contextmanager
     def _dressed(self, names: Sequence[str | None]) -> Iterator[None]:
-        self._dress(_rows_by_name(names))
+        self._dress(rows_by_name(names))
         try:
             yield
         finally:
@@ -232,8 +232,8 @@ class AdaptedModel(nn.Module):
             return
         encoder = self.base.get_encoder()
         hooks = [
-            encoder.register_forward_pre_hook(lambda *_: self._dress(_rows_by_name(names))),
-            encoder.register_forward_hook(lambda *_: self._dress(_rows_by_name(afterwards))),
+            encoder.register_forward_pre_hook(lambda *_: self._dress(rows_by_name(names))),
+            encoder.register_forward_hook(lambda *_: self._dress(rows_by_name(afterwards))),
         ]
         try:
             yield
@@ -255,16 +255,6 @@ class AdaptedModel(nn.Module):
         return list(passes.values())
 
 
-def _rows_by_name(names: Sequence[str | None]) -> dict[str, Rows]:
-    """Return the rows that wear each adapter."""
-    rows: dict[str, Rows] = {}
-    for name in dict.fromkeys(names):
-        if name is not None:
-            which = [row for row, each in enumerate(names) if each == name]
-            rows[name] = True if len(which) == len(names) else torch.tensor(which)
-    return rows
-
-
 def text_limit(model: Any) -> int | None:
     """Return the most tokens of text in a row of `model`, adapted or not; None: any number.
 
@@ -277,25 +267,6 @@ def text_limit(model: Any) -> int | None:
         return limit
     method = model.worn(model.selected).method
     return limit - method.count if isinstance(method, PromptAdapter) else limit
-
-
-@contextmanager
-def _unhooked_on_failure(base: nn.Module) -> Iterator[None]:
-    """Have no hook stay on `base` that was put there before an error."""
-    hooks = [
-        each
-        for module in base.modules()
-        for name, each in vars(module).items()
-        if name.startswith(("_forward_hooks", "_forward_pre_hooks"))
-    ]
-    before = [set(each) for each in hooks]
-    try:
-        yield
-    except BaseException:
-        for each, kept in zip(hooks, before, strict=True):
-            for number in set(each) - kept:
-                del each[number]
-        raise
 
 
 def _part(base: Any, options: AdapterOptions, seed: int) -> Part:

@@ -1,6 +1,7 @@
 """What every method of adapting shares: it is worn by rows of a batch, through hooks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,3 +69,22 @@ class Part(nn.Module):
     def hook_before(self, module: nn.Module, call: Callable[..., Any], **options: Any) -> None:
         """Call `call` before each forward pass of `module`."""
         self._hooks.append(module.register_forward_pre_hook(call, **options))
+
+
+@contextmanager
+def unhooked_on_failure(base: nn.Module) -> Iterator[None]:
+    """Have no hook stay on `base` that was put there before an error."""
+    hooks = [
+        each
+        for module in base.modules()
+        for name, each in vars(module).items()
+        if name.startswith(("_forward_hooks", "_forward_pre_hooks"))
+    ]
+    before = [set(each) for each in hooks]
+    try:
+        yield
+    except BaseException:
+        for each, kept in zip(hooks, before, strict=True):
+            for number in set(each) - kept:
+                del each[number]
+        raise

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stillroom.blocks import weight_at
+from stillroom.blocks import LinearWeight, weight_at
 from stillroom.errors import CorruptedError
 from stillroom.models import Task, Weights, load_config, new_model, quiet
 from stillroom.quantization.formats.experts import Parts, parameter_of, plain_experts
@@ -54,7 +54,7 @@ def load_quantized(
     for name in quantized.layers:
         packed, bits = quantized.packed(name)
         layer = QuantizedLinear(packed, None, bits, quantized.checkpoint_format)
-        _place(model, name, layer, state, dtype, weights)
+        _place(model, name, found[name], layer, state, dtype, weights)
     lacking = [name for name in parts.lacking if name not in fused]
     _load_rest(model, state, parts.parameters, lacking, folder)
     if (folder / "generation_config.json").exists() and model.can_generate():
@@ -66,13 +66,13 @@ def load_quantized(
 def _place(
     model: PreTrainedModel,
     name: str,
+    weight: LinearWeight,
     layer: QuantizedLinear,
     state: dict[str, Tensor],
     dtype: torch.dtype,
     weights: Weights,
 ) -> None:
     """Put a layer where the model has its dense one."""
-    weight = weight_at(model, name)
     # An expert is a slice of a parameter, where no layer of its own has room; rows of embeddings
     # are looked up, not multiplied.
     if (
