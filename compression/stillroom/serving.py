@@ -191,6 +191,8 @@ class ServedModel:
     def _continue_in_torch(self, ids: list[int], max_new_tokens: int) -> list[int]:
         import torch
 
+        from stillroom.data.tokens import padding_id
+
         prompt = torch.tensor([ids], device=self.config["device"])  # (1, tokens)
         with torch.inference_mode():
             output = self.model.generate(
@@ -202,7 +204,7 @@ class ServedModel:
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                pad_token_id=self._pad_id(),
+                pad_token_id=padding_id(self.tokenizer),
             )
         fresh: list[int] = output[0, len(ids) :].tolist()
         return fresh
@@ -280,10 +282,6 @@ class ServedModel:
             if token is not None:
                 return int(token)
         raise MismatchError("an empty text came, and the tokenizer has no token to begin with")
-
-    def _pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else self._start_id())
 
 
 def texts_of(model_input: Any) -> list[str]:
