@@ -8,7 +8,7 @@ from torch import nn
 from stillroom.checkpoint import Checkpoints
 from stillroom.contents import Task
 from stillroom.data.examples import Examples
-from stillroom.errors import DataError
+from stillroom.errors import DataError, NotFiniteError
 from stillroom.fine_tuning import fine_tune, measure
 from stillroom.intrinsic_dimension.projection import Kind
 from stillroom.intrinsic_dimension.search import ModelSize, Trial
@@ -69,6 +69,7 @@ def run_trial(
 
     Raises:
         DataError: no rows are held out.
+        NotFiniteError: what was measured is NaN or infinite.
         what `SubspaceModel` and `stillroom.training.loop.train` raise.
     """
     train_rows, held_out = rows
@@ -94,6 +95,7 @@ def run_trial(
             progress=progress,
         )
         figures = history.kept()
+    _require_finite(trial, figures)
     return Outcome(score_of(figures, _task(train_rows)), figures, history, model.eval(), size)
 
 
@@ -109,6 +111,18 @@ def score_of(figures: dict[str, float], task: Task) -> float:
     if task == "sequence_classification":
         return figures[ACCURACY]
     return -figures[HELD_OUT_LOSS]
+
+
+def _require_finite(trial: Trial, figures: dict[str, float]) -> None:
+    # The last step may be the first that is too long: no loss of training tells of it.
+    for name, figure in figures.items():
+        if not math.isfinite(figure):
+            advice = (
+                "lower learning_rate" if trial.dimension != 0 else "look at the model's weights"
+            )
+            raise NotFiniteError(
+                f"trial {trial.name}: {name} is {figure}; expected a finite number: {advice}"
+            )
 
 
 def _subspace(trial: Trial, options: TrialOptions) -> SubspaceOptions:

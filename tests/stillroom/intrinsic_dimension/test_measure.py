@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stillroom.checkpoint import FolderCheckpoints
-from stillroom.errors import DataError, MismatchError
+from stillroom.errors import DataError, MismatchError, NotFiniteError
 from stillroom.intrinsic_dimension import measure as module
 from stillroom.intrinsic_dimension.measure import measure_intrinsic_dimension
 from stillroom.intrinsic_dimension.plot import write_plot
@@ -103,6 +103,14 @@ def test_a_language_model_is_measured_from_its_untrained_base(tmp_path: Path) ->
 def test_held_out_rows_are_needed() -> None:
     with pytest.raises(DataError, match="expected some, got none"):
         run_trial(Trial(2, 0), tiny_llama(), (token_rows(), token_rows(0)), OPTIONS)
+
+
+@pytest.mark.parametrize("dimension", [None, 16])
+def test_a_trial_whose_last_step_was_too_long_is_no_score(dimension: int | None) -> None:
+    once = TrainingOptions(steps=1, batch_rows=8, learning_rate=1e15, schedule="constant")
+    rows = token_rows()
+    with pytest.raises(NotFiniteError, match=r"held_out_\w+ is nan; .*lower learning_rate"):
+        run_trial(Trial(dimension, 0), tiny_llama(), (rows, rows), TrialOptions(once, once))
 
 
 def test_first_steps_are_as_long_in_all_parameters_whatever_the_dimension() -> None:
