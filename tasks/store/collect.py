@@ -1,7 +1,8 @@
 """Decide what a store no longer needs, and remove it.
 
 Spared is what is registered, leased, or younger than a given age, and every blob that a spared
-artifact needs. A blob whose manifest is not written yet is young, or its writer holds a lease.
+artifact needs. A blob whose manifest is not written yet is young, or its writer holds a lease; so
+is a draft that is being written.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from tasks.store.store import ArtifactStore
 T = TypeVar("T")
 AT_A_TIME = 32
 """Removals between two looks at what came into use."""
+What = Literal["artifacts", "blobs", "partials", "drafts"]
 Reason = Literal["registered", "leased", "recent", "needed by a kept artifact", "work goes on"]
 
 
@@ -26,7 +28,7 @@ Reason = Literal["registered", "leased", "recent", "needed by a kept artifact", 
 class Spared:
     """How many things of one sort are kept, and why."""
 
-    what: Literal["artifacts", "blobs", "partials"]
+    what: What
     reason: Reason
     count: int
 
@@ -56,7 +58,7 @@ class _Tally:
     def __init__(self) -> None:
         self.counts: dict[tuple[str, str], Spared] = {}
 
-    def spare(self, what: Literal["artifacts", "blobs", "partials"], reason: Reason) -> None:
+    def spare(self, what: What, reason: Reason) -> None:
         former = self.counts.get((what, reason))
         count = former.count + 1 if former else 1
         self.counts[what, reason] = Spared(what, reason, count)
@@ -99,7 +101,7 @@ def plan_collection(
         artifacts=tuple(doomed),
         blobs=_loose_blobs(store, needed, youngest, _at_work(live.values()), tally),
         partials=_stale_partials(store, leased, youngest, tally),
-        drafts=tuple(entry for entry in store.backend.drafts() if entry.modified <= youngest),
+        drafts=_left_drafts(store, youngest, _at_work(live.values()), tally),
         leases=tuple(sorted(set(notes) - set(live))),
         spared=tuple(tally.counts.values()),
     )
@@ -116,10 +118,12 @@ def collect(store: ArtifactStore, plan: CollectionPlan, now: datetime) -> int:
         if key not in _keys(_live(read_leases(backend), now)):
             store.discard_checkpoints(key)
             freed += size
-    for entry in plan.drafts:
+    live = _live(read_leases(backend), now)
+    for entry in () if _at_work(live.values()) else plan.drafts:
         backend.delete_draft(entry.name)
         freed += entry.size
-    for name in plan.leases:
+    # Whoever slept longer than its lease has renewed it since.
+    for name in set(plan.leases) - live.keys():
         backend.delete(name)
     return freed
 
@@ -197,6 +201,20 @@ def _stale_partials(
         else:
             stale.append((key, sum(entry.size for entry in entries)))
     return tuple(stale)
+
+
+def _left_drafts(
+    store: ArtifactStore, youngest: datetime, working: bool, tally: _Tally
+) -> tuple[Entry, ...]:
+    left = []
+    for entry in store.backend.drafts():
+        if entry.modified > youngest:
+            tally.spare("drafts", "recent")
+        elif working:
+            tally.spare("drafts", "work goes on")
+        else:
+            left.append(entry)
+    return tuple(left)
 
 
 def _manifests(store: ArtifactStore, entries: list[Entry]) -> list[tuple[Entry, Record]]:

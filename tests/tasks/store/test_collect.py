@@ -10,6 +10,7 @@ import tasks.store.collect
 from stillroom.errors import CorruptedError, ServiceUnreachableError
 from tasks.store.collect import CollectionPlan, collect, plan_collection
 from tasks.store.lease import Lease, leave_lease, take_lease
+from tasks.store.local import LocalBackend
 from tasks.store.record import Record, blob_name
 from tasks.store.store import ArtifactStore
 from tests.tasks.store.making import KEY, OTHER_KEY, add, read_files, write_files
@@ -223,8 +224,6 @@ def test_nothing_is_planned_where_a_manifest_cannot_be_read(
 
 
 def test_old_drafts_are_removed(tmp_path: Path) -> None:
-    from tasks.store.local import LocalBackend
-
     store = ArtifactStore(LocalBackend(tmp_path / "store"))
     (tmp_path / "store" / "blobs").mkdir(parents=True)
     draft = tmp_path / "store" / "blobs" / "ab.0f.part"
@@ -232,3 +231,31 @@ def test_old_drafts_are_removed(tmp_path: Path) -> None:
     assert plan_collection(store, none_registered, WEEK, later(6)).drafts == ()
     assert collect(store, plan(store), later()) == 4
     assert not draft.exists()
+
+
+def test_a_draft_that_is_being_written_is_spared(tmp_path: Path) -> None:
+    store = ArtifactStore(LocalBackend(tmp_path / "store"))
+    draft = tmp_path / "store" / "blobs" / "ab.0f.part"
+    draft.parent.mkdir(parents=True)
+    draft.write_bytes(b"half")
+    now = later(days=1e-4)
+    planned = plan_collection(store, none_registered, timedelta(0), now)
+    assert [entry.size for entry in planned.drafts] == [4]
+    with store.lease(KEY):
+        assert collect(store, planned, now) == 0
+        assert draft.exists()
+        planned = plan_collection(store, none_registered, timedelta(0), now)
+        assert (planned.drafts, spared(planned)) == ((), {("drafts", "work goes on", 1)})
+
+
+def test_a_lease_that_was_renewed_since_the_plan_stays(
+    store: ArtifactStore, pair: tuple[Record, Record]
+) -> None:
+    lease = Lease(store.backend, [KEY], seconds=60)
+    lease.start()
+    planned = plan(store)
+    lease.seconds = timedelta(days=30).total_seconds()
+    lease.add(OTHER_KEY)
+    collect(store, planned, later())
+    assert [entry.name for entry in store.backend.list("leases/")] == [lease.name]
+    lease.release()
