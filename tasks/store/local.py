@@ -62,8 +62,10 @@ class LocalBackend:
         with self._writing():
             if target.is_file() and target.stat().st_size == source.stat().st_size:
                 # A writer that counts on it makes it recent again: a clean-up then spares it.
-                os.utime(target)
-                return
+                # Another user's file cannot be touched: then it is replaced by the same.
+                with contextlib.suppress(PermissionError):
+                    os.utime(target)
+                    return
         # Copied, never linked: the caller may go on writing to its own file.
         with self._draft(target) as draft, self._writing():
             shutil.copyfile(source, draft)

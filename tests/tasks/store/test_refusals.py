@@ -1,5 +1,6 @@
 """What a store says, and leaves behind, where the disk or the server refuses."""
 
+import errno
 import os
 import re
 import resource
@@ -17,7 +18,7 @@ from tasks.store.local import LocalBackend
 from tasks.store.store import ArtifactStore, open_store
 from tests.servers import S3Server, free_port
 from tests.tasks.store.conftest import PLACES
-from tests.tasks.store.making import KEY, add, random_bytes, write_files
+from tests.tasks.store.making import KEY, OTHER_KEY, add, random_bytes, write_files
 
 SMALL_DISK_BYTES = 2**20
 
@@ -74,6 +75,20 @@ class TestLocal:
         with pytest.raises(StoreError, match="the disk is full"):
             add(store, folder)
         assert store.find("model", KEY) is None
+        assert list(store.backend.drafts()) == []
+
+    def test_a_blob_of_another_user_is_replaced_by_the_same(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(path: Path) -> None:
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+        store = ArtifactStore(LocalBackend(tmp_path / "store"))
+        folder = write_files(tmp_path / "made")
+        record = add(store, folder)
+        monkeypatch.setattr(os, "utime", refuse)  # as for a file that is not ours
+        assert add(store, folder, key=OTHER_KEY).files == record.files
+        assert list(store.verify()) == []
         assert list(store.backend.drafts()) == []
 
     def test_a_read_only_store_can_be_read(self, small_disk: Path, tmp_path: Path) -> None:
