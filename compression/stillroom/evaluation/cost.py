@@ -146,7 +146,8 @@ def _time(
     prefill, decode = [], []
     for repeat in range(-1, workload.repeats):  # −1 warms up: allocation, kernel choice
         if task == "causal_lm":
-            first, rest = _generate(model, ids, workload.decode_tokens if repeat >= 0 else 2)
+            tokens = workload.decode_tokens if repeat >= 0 else min(2, workload.decode_tokens)
+            first, rest = _generate(model, ids, tokens)
         else:
             first, output = _seconds(lambda: model(input_ids=ids), device)
             rest = 0.0

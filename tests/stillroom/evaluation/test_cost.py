@@ -18,6 +18,7 @@ from stillroom.evaluation.cost import (
     memory_bytes,
 )
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
+from tests.stillroom.tiny_decoders import tiny_gpt2
 
 # peft asks transformers for a property that is about to be renamed.
 peft_warns = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -63,6 +64,13 @@ def test_decoding_continues_the_cache_greedily():
         assert [step.shape[1] for step in fed] == [8, 1, 1, 1, 1, 1]
         best = model(input_ids=sequence).logits.argmax(-1)
     assert torch.equal(best[0, 7:-1], sequence[0, 8:])
+
+
+def test_the_warm_up_stays_within_the_context_too():
+    model = tiny_gpt2()  # which has learned its positions
+    context = model.config.n_positions
+    cost = measure_cost(model, 0, workload=Workload(context - 1, 1, repeats=2))
+    assert cost.latency_ms.value > 0
 
 
 def test_a_median_and_its_error():
