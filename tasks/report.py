@@ -172,9 +172,14 @@ def _curves(made: Sequence[Shown], journal: Journal) -> list[Curve]:
 
 
 def _layer_errors(model: Record, journal: Journal) -> list[LayerError]:
-    bits = model.section.get("bits")
     return [
-        LayerError(layer["name"], layer["relative_error"], layer["block"], bits, layer["fell_back"])
+        LayerError(
+            layer["name"],
+            layer["relative_error"],
+            layer["block"],
+            layer["bits"],
+            layer["fell_back"],
+        )
         for layer in read_layers(journal.store, model)
     ]
 
