@@ -225,6 +225,11 @@ def _table_rows(table: Any, columns: Columns, file: Path) -> Iterator[Mapping[st
     missing = [name for name in columns.needed if name not in table.column_names]
     if missing:
         raise DataError(_missing(missing[0], table.column_names, str(file)))
+    for name in columns.needed:
+        if (count := table.column_names.count(name)) > 1:
+            raise DataError(
+                f"one column {name!r} expected in {file}: {count} are named so; rename the others"
+            )
     for batch in table.select(columns.needed).to_batches():
         yield from batch.to_pylist()
 

@@ -146,6 +146,7 @@ def test_conversations_are_read_as_lists_and_as_json(tmp_path: Path) -> None:
         ("t.jsonl", b'{"a": 1, "b": 2}', DataError, "column 'text' expected .* are a, b"),
         ("t.csv", b"a,b\n1,2\n", DataError, "column 'text' expected .* are a, b"),
         ("t.csv", b"text,b\n1,2,3\n", DataError, "header line expected"),
+        ("t.csv", b"text,text\n1,2\n", DataError, "one column .text. expected .* 2 are named so"),
         ("t.csv", b"", DataError, "it is empty"),
         ("t.jsonl", b'{"text": "a"}\n{"te', DataError, "line 2"),
         ("t.jsonl", b"[1]", DataError, "line 1 is not one"),
