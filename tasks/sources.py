@@ -1,7 +1,10 @@
 """References to models and texts: what they point at now, and how it gets here."""
 
 import hashlib
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -172,7 +175,8 @@ def _content(path: Path) -> str:
         whole.update(f"{path.suffix.lower()}\0{sha256_of(path)}\n".encode())
         return whole.hexdigest()
     for file in files_below(path):
-        whole.update(f"{file.relative_to(path)}\0{sha256_of(file)}\n".encode())
+        # A name may be of any bytes.
+        whole.update(os.fsencode(f"{file.relative_to(path)}\0{sha256_of(file)}\n"))
     return whole.hexdigest()
 
 
@@ -184,12 +188,10 @@ def _s3_identity(reference: str) -> str:
 
 
 def _s3_objects(reference: str) -> list[tuple[str, int, str]]:
-    from botocore.exceptions import BotoCoreError, ClientError
-
     from tasks.store.s3_client import s3_client
 
     bucket, _, prefix = reference.removeprefix("s3://").partition("/")
-    try:
+    with _reading(reference):
         pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         objects = [
             (item["Key"], item["Size"], item["ETag"])
@@ -198,11 +200,20 @@ def _s3_objects(reference: str) -> list[tuple[str, int, str]]:
             if item["Key"] == prefix or item["Key"].startswith(prefix.rstrip("/") + "/")
             if item["Size"] or not item["Key"].endswith("/")  # what pages show as a folder
         ]
-    except (BotoCoreError, ClientError, StoreError) as error:
-        raise SourceError(f"{reference} cannot be read: {' '.join(str(error).split())}") from error
     if not objects:
         raise SourceError(f"{reference}: no such object, and no objects below it")
     return sorted(objects)
+
+
+@contextmanager
+def _reading(reference: str) -> Iterator[None]:
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except (Boto3Error, BotoCoreError, ClientError, StoreError) as error:
+        raise SourceError(f"{reference} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _fetch_s3(reference: str, folder: Path) -> Path:
@@ -220,7 +231,8 @@ def _fetch_s3(reference: str, folder: Path) -> Path:
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(DOWNLOADS):
-            client.download_file(bucket, name, str(target))
+            with _reading(f"s3://{bucket}/{name}"):
+                client.download_file(bucket, name, str(target))
             if _as_stored(target, etag):
                 break
         else:

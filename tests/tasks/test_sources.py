@@ -1,3 +1,4 @@
+import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +7,7 @@ import pytest
 
 from stillroom.errors import SourceError
 from tasks.registry import champion, move_alias, register_base
-from tasks.sources import fetch_folder, hub_commit, place_of, resolve_model, resolve_text
+from tasks.sources import Source, fetch_folder, hub_commit, place_of, resolve_model, resolve_text
 from tests.registering import Place, llama_folder, register_pair
 from tests.servers import S3Server
 
@@ -54,6 +55,12 @@ def test_a_folder_counts_by_names_and_contents(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     before = resolve_text(str(tmp_path), None).identity
     (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    assert resolve_text(str(tmp_path), None).identity != before
+
+
+def test_a_name_in_another_encoding_counts_too(tmp_path: Path) -> None:
+    before = resolve_text(str(tmp_path), None).identity
+    Path(os.fsdecode(bytes(tmp_path) + b"/\xe9t\xe9.txt")).write_text("x")
     assert resolve_text(str(tmp_path), None).identity != before
 
 
@@ -130,6 +137,15 @@ def test_a_text_on_s3_resolves_and_arrives(bucket: str, tmp_path: Path) -> None:
 
     client.put_object(Bucket=bucket, Key="corpus/a.txt", Body=b"new")
     assert resolve_text(f"s3://{bucket}/corpus", None).identity != source.identity
+
+
+def test_a_text_on_s3_that_goes_under_way_is_named(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.sources._s3_objects", lambda _: [("corpus/a.txt", 1, "etag")])
+    source = Source(f"s3://{bucket}/corpus", "s3", "identity")
+    with pytest.raises(SourceError, match=r"corpus/a\.txt cannot be read: An error occurred"):
+        fetch_folder(source, tmp_path / "folder")
 
 
 def test_what_s3_shows_as_a_folder_is_no_text(bucket: str, tmp_path: Path) -> None:
