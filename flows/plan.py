@@ -11,7 +11,7 @@ from flows.part import Part, needed_for, without_more
 from flows.road import walk
 from flows.shape import Shape, model_shape
 from stillroom.config import Model, Recipe, Text
-from stillroom.errors import SourceError, StillroomError
+from stillroom.errors import RecipeError, SourceError, StillroomError
 from tasks.errand import ELSEWHERE
 from tasks.reach import as_read, places_of, require_within_reach
 from tasks.settings import Settings
@@ -48,10 +48,26 @@ def resolve_source(place: Model | Text) -> Source:
     """Return what a model or text of the recipe points at now.
 
     Raises:
+        RecipeError: a revision or the like is named of what is not on the hub.
         SourceError: it points at nothing, or the place cannot be asked.
     """
+    _require_hub(place)
     resolve = resolve_model if isinstance(place, Model) else resolve_text
     return resolve(place.source, place.revision)
+
+
+def _require_hub(place: Model | Text) -> None:
+    """Refuse what is read of hub ids alone where the source is none: nobody would go by it."""
+    where = place_of(place.source)
+    names = ("revision", "config", "split") if isinstance(place, Text) else ("revision",)
+    for name in names:
+        value = getattr(place, name)
+        if where != "hub" and value != type(place).model_fields[name].default:
+            here = "there is a file or folder of that name here" if where == "local" else where
+            raise RecipeError(
+                f"{place.source}: {name} {value!r} is for a hub id, and this is none ({here}); "
+                "leave it out, or correct the source"
+            )
 
 
 def resolver(own: Recipe | None = None) -> Resolve:
@@ -93,10 +109,13 @@ def resolve_or_leave(place: Model | Text) -> Source:
     A local path or a builtin that is not there is an error all the same.
 
     Raises:
+        RecipeError: as `resolve_source`.
         SourceError: nothing is there.
     """
     try:
         return resolve_source(place)
+    except RecipeError:
+        raise
     except StillroomError:
         where = place_of(place.source)
         if where in ("local", "builtin"):

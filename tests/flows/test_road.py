@@ -8,7 +8,7 @@ import pytest
 import flows.orders
 from flows.plan import PlannedStage, plan, print_plan
 from stillroom.config import Recipe, load_recipe
-from stillroom.errors import SourceError
+from stillroom.errors import RecipeError, SourceError
 from tasks.store.store import ArtifactStore, open_store
 
 RECIPES = sorted(Path("deployments/recipes").glob("*.yaml"))
@@ -140,6 +140,31 @@ def test_a_source_that_cannot_be_asked_is_left_open(
 
 def _no_hub(place: object) -> object:
     raise SourceError("the hub does not answer")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ("teacher.revision=main", "builtin:smollm2: revision 'main' is for a hub id"),
+        ("data.train.split=validation", "builtin:python-docs: split 'validation' is for a hub id"),
+        ("data.train.config=raw", "builtin:python-docs: config 'raw' is for a hub id"),
+    ],
+)
+def test_what_is_read_of_the_hub_alone_is_refused_elsewhere(
+    store: ArtifactStore, change: str, match: str
+) -> None:
+    with pytest.raises(RecipeError, match=match):
+        plan(load_recipe(DEMO, [change]), store)
+
+
+def test_a_folder_called_as_a_pinned_hub_id_is_refused(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(DEMO, ["teacher.source=owner/name", "teacher.revision=main"])
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match="a file or folder of that name here"):
+        plan(recipe, store)
 
 
 def test_a_missing_local_source_is_an_error_even_when_planning(store: ArtifactStore) -> None:
