@@ -104,12 +104,14 @@ def _quality_gates(figures: GateFigures, bounds: GateBounds) -> Iterator[GateRes
         label = f"{name} over the teacher's"
         yield _at_most("perplexity", ratio, bounds.max_perplexity_ratio, label)
     if bounds.max_kl_nats is not None:
-        kl = candidate.estimate("kl_nats")
+        # Where no teacher ran, a quality says 0 and 1 of it.
+        kl = None if teacher is None else candidate.estimate("kl_nats")
         label = "KL to the teacher in nats per prediction"
         yield _at_most("kl", kl, bounds.max_kl_nats, label)
     if bounds.min_agreement is not None:
+        agreement = None if teacher is None else candidate.estimate("agreement")
         label = "agreement with the teacher"
-        yield _at_least("agreement", candidate.estimate("agreement"), bounds.min_agreement, label)
+        yield _at_least("agreement", agreement, bounds.min_agreement, label)
     if bounds.min_accuracy_ratio is not None:
         ratio = None if teacher is None else paired_ratio(candidate, teacher, "accuracy")
         label = "accuracy over the teacher's"

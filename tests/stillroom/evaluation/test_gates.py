@@ -133,6 +133,8 @@ def test_the_first_model_has_no_champion_to_beat():
     ("name", "bounds", "missing"),
     [
         ("perplexity", {"max_perplexity_ratio": 9.0}, {"teacher": None}),
+        ("kl", {"max_kl_nats": 9.0}, {"teacher": None}),
+        ("agreement", {"min_agreement": 0.0}, {"teacher": None}),
         ("accuracy", {"min_accuracy_ratio": 0.1}, {"teacher": None}),
         ("size", {"max_size_bytes": 10**9}, {"cost": None}),
         ("latency", {"max_latency_ms": 1e9}, {"cost": None}),
