@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -86,14 +87,16 @@ def prepare(
             on_leak "fail", evaluation text stands in the training text.
     """
     statistics: dict[str, float] = {"documents": len(train) + len(evaluation or [])}
-    kept_train = _clean(train, options, statistics)
+    with _naming("train"):
+        kept_train = _clean(train, options, statistics)
     if evaluation is None:
         _require_one_row(kept_train, options, tokenizer, tokenizer_hash)
         kept_train, kept_evaluation = split_documents(
             kept_train, options.held_out_fraction, options.seed
         )
     else:
-        kept_evaluation = _clean(evaluation, options, statistics)
+        with _naming("evaluation"):
+            kept_evaluation = _clean(evaluation, options, statistics)
     kept_train = _without_leaks(kept_train, kept_evaluation, options, statistics)
     label_names = _label_names(kept_train, options, label_order)
     sets = {}
@@ -101,7 +104,10 @@ def prepare(
         ("train", kept_train, options.max_train_tokens),
         ("evaluation", kept_evaluation, options.max_evaluation_tokens),
     ):
-        tokenised = _tokenise(documents, options, label_names, tokenizer, tokenizer_hash, progress)
+        with _naming(name):
+            tokenised = _tokenise(
+                documents, options, label_names, tokenizer, tokenizer_hash, progress
+            )
         sets[name] = _within_budget(tokenised.examples, budget, options.seed, name)
         statistics[f"{name}_documents"] = len(documents)
         statistics[f"{name}_rows"] = len(sets[name])
@@ -140,6 +146,15 @@ def load_prepared(folder: Path, expected_tokenizer_hash: str | None = None) -> P
         load_examples(folder / name, expected_tokenizer_hash) for name in SETS
     )
     return PreparedData(train, evaluation, calibration, statistics)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Have an error say which of the texts it is about."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"the {name} text: {error}") from error
 
 
 def _clean(

@@ -217,6 +217,21 @@ def test_a_text_of_less_than_a_row_is_said_first() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "match"),
+    [
+        ("train", "short", "the train text: texts of 20 to"),
+        ("evaluation", "short", "the evaluation text: texts of 20 to"),
+        ("evaluation", "abcd efgh", "the evaluation text: text shorter than one seq"),
+    ],
+)
+def test_what_is_too_short_is_said_of_its_text(name: str, text: str, match: str) -> None:
+    texts = {"train": documents(), "evaluation": documents()} | {name: [Document(text=text)]}
+    options = replace(OPTIONS, min_characters=20 if text == "short" else 1)
+    with pytest.raises(DataError, match=match):
+        prepare(options, texts["train"], texts["evaluation"], tiny_tokenizer(), "h")
+
+
 def test_labels_must_be_there_and_known() -> None:
     options = replace(OPTIONS, task="sequence_classification")
     unlabelled = [Document(text=d.text) for d in documents()]
