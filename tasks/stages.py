@@ -35,7 +35,7 @@ TRAIN_ADAPTER = Stage("train_adapter", "adapter", 7)
 MERGE_ADAPTER = Stage("merge_adapter", "model", 4)
 EVALUATE_MODEL = Stage("evaluate_model", "evaluation", 5)
 RUN_TRIAL = Stage("run_trial", "trial", 3)
-FIT_DIMENSION = Stage("fit_dimension", "intrinsic-dimension", 1)
+FIT_DIMENSION = Stage("fit_dimension", "intrinsic-dimension", 2)
 
 STAGES = (
     IMPORT_MODEL,

@@ -117,6 +117,12 @@ class Dimension:
         """Return it in words."""
         name = f"d{round(100 * self.share)}"
         largest = self.curve[-1].dimension
+        start = 0.0 if self.untrained is None else self.untrained
+        if self.full <= start:
+            return (
+                f"{name}: not reached, as full fine-tuning gains nothing: a mean score of "
+                f"{self.full:.4g} from {start:.4g}; change how it trains"
+            )
         if self.dimension is None:
             return f"{name}: not reached with up to {largest} dimensions"
         low, high = ("not reached" if end is None else f"{end:.0f}" for end in self.interval)

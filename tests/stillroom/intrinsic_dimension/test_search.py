@@ -103,6 +103,7 @@ def test_nats_count_from_the_untrained_base() -> None:
 def test_a_full_fine_tuning_that_gains_nothing_is_not_reached() -> None:
     _, found, _ = run(Search(from_untrained=True), lambda dimension, seed: -3.0)
     assert found.dimension is None
+    assert "full fine-tuning gains nothing: a mean score of -3 from -3" in found.sentence()
 
 
 def test_noise_widens_the_interval_and_ends() -> None:
