@@ -89,6 +89,20 @@ def test_a_bad_change_says_what_is_wrong(change: str, said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("gate", "change", "said"),
+    [
+        ("max_champion_loss_nats", "publish=null", "add a publish section"),
+        ("min_decode_tokens_per_second", "task=masked_lm", "causal_lm, which generates"),
+    ],
+)
+def test_a_gate_that_nothing_can_be_judged_by_is_refused(gate: str, change: str, said: str) -> None:
+    for changes in ([f"gates.{gate}=0.1"], [change]):
+        load_recipe(DEMO, changes)
+    with pytest.raises(RecipeError, match=f"gates.{gate}.*{said}"):
+        load_recipe(DEMO, [f"gates.{gate}=0.1", change])
+
+
 def test_a_float16_teacher_may_be_tuned_or_stay_as_it_is() -> None:
     load_recipe(DEMO, ["teacher.dtype=float16", "distillation=null", "controls=[]"])
     tuned = ["task=masked_lm", "teacher.fine_tune={}", "teacher.dtype=float16"]

@@ -129,6 +129,20 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _gates_can_be_judged(self) -> "Recipe":
+        if self.gates.max_champion_loss_nats is not None and self.publish is None:
+            raise ValueError(
+                "gates.max_champion_loss_nats compares with what is registered under publish.name: "
+                "add a publish section, or leave this gate out"
+            )
+        if self.gates.min_decode_tokens_per_second is not None and self.task != "causal_lm":
+            raise ValueError(
+                "gates.min_decode_tokens_per_second: expected the task causal_lm, which generates, "
+                f"{self.task} came; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adapters_fit_the_task(self) -> "Recipe":
         for each in self.adapters:
             after = each.method == "p_tuning" and any(place == -1 for place, _ in each.template)
