@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 from stillroom.errors import CorruptedError
 from tasks.store.backend import Entry, each
-from tasks.store.lease import LeaseNote, read_leases
+from tasks.store.lease import LEASE_SECONDS, LeaseNote, read_leases
 from tasks.store.partial import partial_keys
 from tasks.store.record import Record, blob_name
 from tasks.store.store import ArtifactStore
@@ -87,6 +87,8 @@ def plan_collection(
     live = _live(notes, now)
     leased = _keys(live)
     youngest = now - min_age
+    # Whoever begins to work writes its lease as a draft first, under no lease yet.
+    begun = now - timedelta(seconds=LEASE_SECONDS)
     tally = _Tally()
     doomed: list[Record] = []
     needed: set[str] = set()
@@ -101,7 +103,7 @@ def plan_collection(
         artifacts=tuple(doomed),
         blobs=_loose_blobs(store, needed, youngest, _at_work(live.values()), tally),
         partials=_stale_partials(store, leased, youngest, tally),
-        drafts=_left_drafts(store, youngest, _at_work(live.values()), tally),
+        drafts=_left_drafts(store, min(youngest, begun), _at_work(live.values()), tally),
         leases=tuple(sorted(set(notes) - set(live))),
         spared=tuple(tally.counts.values()),
     )
@@ -119,7 +121,8 @@ def collect(store: ArtifactStore, plan: CollectionPlan, now: datetime) -> int:
             store.discard_checkpoints(key)
             freed += size
     live = _live(read_leases(backend), now)
-    for entry in () if _at_work(live.values()) else plan.drafts:
+    drafts = () if _at_work(live.values()) else plan.drafts
+    for entry in drafts:
         backend.delete_draft(entry.name)
         freed += entry.size
     # Whoever slept longer than its lease has renewed it since.
