@@ -26,7 +26,7 @@ class Stage:
 
 IMPORT_MODEL = Stage("import_model", "model", 1)
 TRIM_VOCABULARY = Stage("trim_vocabulary", "model", 3)
-PREPARE_DATA = Stage("prepare_data", "dataset", 3)
+PREPARE_DATA = Stage("prepare_data", "dataset", 4)
 TUNE_TEACHER = Stage("tune_teacher", "model", 4)
 CACHE_TEACHER = Stage("cache_teacher", "teacher-cache", 6)
 DISTILL_STUDENT = Stage("distill_student", "model", 4)

@@ -1,8 +1,9 @@
 """Evaluation text that stands in the training text, found and taken out.
 
 Runs of n words are compared (Brown et al. 2020, 2005.14165, appendix C: n = 13), as 64-bit hashes.
-Words are runs of letters and digits with folded case; a Chinese, Japanese or Korean character is a
-word of its own.
+Words are runs of letters and digits with folded case and the marks that belong to them, such as the
+vowels of Hindi; a Chinese, Japanese or Korean character is a word of its own. Of other scripts that
+part no words (Thai, Khmer) a run of letters between marks is one.
 """
 
 import re
@@ -21,9 +22,14 @@ from stillroom.errors import DataError
 Hashes = NDArray[np.uint64]
 Encode = Callable[[str], Hashes]
 
-WORD = re.compile(
-    r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+"
+_CJK = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+# No letters to `\w`: accents, the points of Hebrew and Arabic, all signs of India's scripts but
+# their full stops, and what joins or parts letters within a word.
+_MARKS = (
+    r"\u0300-\u036f\u0591-\u05bd\u05bf-\u05c7\u0610-\u061a\u064b-\u065f\u0670"
+    r"\u06d6-\u06dc\u06df-\u06e8\u06ea-\u06ed\u0900-\u0963\u0971-\u0dff\u200c\u200d"
 )
+WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}](?:[^\W{_CJK}]|[{_MARKS}])*")
 # A run in more evaluation families than this is boilerplate: a licence, an instruction.
 BOILERPLATE_FAMILIES = 10
 

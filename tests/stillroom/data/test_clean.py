@@ -169,6 +169,16 @@ def test_characters_are_words_where_words_have_no_spaces() -> None:
     assert find_leaks(texts(f"序{text}終"), texts(text)).leaked == (0,)
 
 
+def test_the_marks_of_a_script_part_no_words() -> None:
+    text = "मैं आज बाजार गया और वहाँ से कुछ फल खरीदकर घर वापस आया"
+    words = text.split()
+    other = [f"कख{chr(0x915 + i)}" for i in range(13)]
+    assert find_leaks(texts(text), texts(text)).leaked == (0,)
+    few = " ".join([*words[:12], *other])
+    assert find_leaks(texts(text), texts(few)).leaked == ()
+    assert find_leaks(texts(f"{few} {text}"), texts(text)).leaked == (0,)
+
+
 def test_nothing_left_to_learn_from_is_an_error() -> None:
     with pytest.raises(DataError, match="all 1 training documents hold runs of 13 words"):
         remove_leaks(texts(sentence(0)), texts(sentence(0)))
