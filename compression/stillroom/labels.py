@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from stillroom.errors import MismatchError, SourceError
-from stillroom.models import lacks_label_head, load_config, read_config
+from stillroom.errors import MismatchError
+from stillroom.models import load_config, require_label_head
 
 SHOWN = 5
 
@@ -46,6 +46,20 @@ def require_same_classes(
         )
 
 
+def require_trained_head(folder: Path) -> None:
+    """Refuse a recipe's model that has no head for classes.
+
+    Raises:
+        SourceError: it is a bare encoder.
+    """
+    require_label_head(
+        folder,
+        str(folder),
+        "a model saved as ForSequenceClassification expected; take one, or set teacher.fine_tune "
+        "to train a head first",
+    )
+
+
 def require_known_labels(folder: Path, label_names: tuple[str, ...]) -> None:
     """Refuse a teacher whose outputs stand for other classes than `label_names`, in their order.
 
@@ -53,13 +67,7 @@ def require_known_labels(folder: Path, label_names: tuple[str, ...]) -> None:
         SourceError: the model has no head that names classes.
         MismatchError: it has another number of classes, or classes of other names.
     """
-    config = read_config(folder)
-    if lacks_label_head(config):
-        raise SourceError(
-            f"{folder} holds a {config['architectures'][0]}, which has no head that names classes: "
-            "a model saved as ForSequenceClassification expected; take one, or set "
-            "teacher.fine_tune to train a head first"
-        )
+    require_trained_head(folder)
     require_same_classes(
         label_order(folder),
         label_names,

@@ -241,17 +241,17 @@ def _require_word_head(config: dict[str, Any], folder: Path) -> None:
         )
 
 
-def require_label_head(folder: Path) -> None:
+def require_label_head(folder: Path, whose: str, remedy: str) -> None:
     """Refuse a bare encoder, whose classes would be named by a head of random weights.
 
     Raises:
-        SourceError: it is one.
+        SourceError: it is one; its sentence begins with `whose` it is, and ends with the `remedy`.
     """
     config = read_config(folder)
     if lacks_label_head(config):
         raise SourceError(
-            f"this version holds a {config['architectures'][0]}, which has no head that names "
-            "classes: load an adapter that was registered on it"
+            f"{whose} holds a {config['architectures'][0]}, which has no head that names classes: "
+            f"{remedy}"
         )
 
 

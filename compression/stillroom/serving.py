@@ -112,7 +112,8 @@ class ServedModel:
         from stillroom.quantization.kernels.choose import fastest_weights
 
         if self.contents.base is None and self.contents.task == "sequence_classification":
-            require_label_head(folder)
+            remedy = "load an adapter that was registered on it"
+            require_label_head(folder, "this version", remedy)
         device, weights = self.config["device"], self.config["weights"]
         model = load_model(
             folder,

@@ -9,7 +9,7 @@ from stillroom.data.prepare import load_prepared
 from stillroom.errors import MismatchError
 from stillroom.evaluation.cost import Workload, folder_size_bytes, measure_cost
 from stillroom.evaluation.quality import measure_quality
-from stillroom.labels import classes_of, require_same_classes
+from stillroom.labels import classes_of, require_same_classes, require_trained_head
 from stillroom.models import load_tokenizer, tokenizer_hash
 from stillroom.quantization.kernels.choose import fastest_weights
 from tasks.work.bench import Bench, Result
@@ -21,6 +21,8 @@ def work(bench: Bench) -> Result:
     folders = [inputs["model"], *([inputs["adapter"]] if "adapter" in inputs else [])]
     data = load_prepared(inputs["data"])
     _require_same_tokenizer(inputs["model"], data.evaluation)
+    if bench.task == "sequence_classification" and "adapter" not in inputs:
+        require_trained_head(inputs["model"])
     itself = len(folders) == 1 and bench.order.inputs["model"] == bench.order.inputs["teacher"]
     teacher = None if itself else bench.load_teacher()
     laid_out = itself and bench.lays_out_teacher

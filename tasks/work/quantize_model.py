@@ -8,6 +8,7 @@ from typing import Any
 
 from stillroom.data.prepare import load_prepared
 from stillroom.evaluation.figures import ReloadCheck
+from stillroom.labels import require_trained_head
 from stillroom.models import load_tokenizer
 from stillroom.quantization.accounting import original_nats, require_perplexity, summarise
 from stillroom.quantization.formats.export import check_folder, save_quantized
@@ -25,6 +26,8 @@ def work(bench: Bench) -> Result:
     """Write a GPTQ checkpoint, and layers.json with the account of each layer."""
     section = bench.section
     options = quantization_options(section)
+    if bench.task == "sequence_classification":
+        require_trained_head(bench.inputs["base"])
     if section["gguf"]:
         require_gguf(bench.inputs["base"], options.group_size)
     rows = load_prepared(bench.inputs["data"]).calibration

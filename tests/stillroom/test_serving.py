@@ -171,6 +171,6 @@ def test_a_bare_encoder_names_no_classes(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"architectures": [name]}))
         if bare:
             with pytest.raises(SourceError, match="holds a BertModel, which has no head"):
-                require_label_head(tmp_path)
+                require_label_head(tmp_path, "this version", "load an adapter")
         else:
-            require_label_head(tmp_path)
+            require_label_head(tmp_path, "this version", "load an adapter")

@@ -7,14 +7,22 @@ from typing import Any
 
 import pytest
 
-from stillroom.config import Distillation, Evaluation
+from stillroom.config import Distillation, Evaluation, Quantization
 from stillroom.data.prepare import load_prepared
 from stillroom.errors import MismatchError, SourceError
 from stillroom.models import save_model
 from tasks.cache_worker import plan_capture
 from tasks.sources import resolve_text
-from tasks.stages import CACHE_TEACHER, EVALUATE_MODEL, PREPARE_DATA, Order, Stage, as_json
-from tasks.work import evaluate_model, prepare_data
+from tasks.stages import (
+    CACHE_TEACHER,
+    EVALUATE_MODEL,
+    PREPARE_DATA,
+    QUANTIZE_MODEL,
+    Order,
+    Stage,
+    as_json,
+)
+from tasks.work import evaluate_model, prepare_data, quantize_model
 from tasks.work.bench import Bench
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_masked_tokenizer
 from tests.tasks.benches import new_bench
@@ -87,13 +95,36 @@ def test_a_teacher_of_other_classes_makes_no_cache(tmp_path: Path, rows: Any) ->
         plan_capture(ordered_cache(inputs), inputs)
 
 
-def test_a_teacher_without_a_head_makes_no_cache(tmp_path: Path, rows: Any) -> None:
+@pytest.fixture
+def bare(tmp_path: Path, rows: Any) -> dict[str, Path]:
+    """A teacher without a head, and rows of two classes."""
     tokenizer = tiny_masked_tokenizer()
-    bare = tiny_bert_classifier(vocab=len(tokenizer)).bert
-    save_model(bare, tokenizer, tmp_path / "teacher")
-    inputs = {"teacher": tmp_path / "teacher", "data": rows(tmp_path / "teacher")}
-    with pytest.raises(SourceError, match=r"holds a BertModel, .* set teacher\.fine_tune"):
-        plan_capture(ordered_cache(inputs), inputs)
+    save_model(tiny_bert_classifier(vocab=len(tokenizer)).bert, tokenizer, tmp_path / "teacher")
+    return {"teacher": tmp_path / "teacher", "data": rows(tmp_path / "teacher")}
+
+
+NO_HEAD = r"holds a BertModel, .* set teacher\.fine_tune"
+
+
+def test_a_teacher_without_a_head_makes_no_cache(bare: dict[str, Path]) -> None:
+    with pytest.raises(SourceError, match=NO_HEAD):
+        plan_capture(ordered_cache(bare), bare)
+
+
+def test_a_model_without_a_head_is_neither_quantized_nor_measured(
+    tmp_path: Path, bare: dict[str, Path]
+) -> None:
+    inputs = {"base": bare["teacher"], "data": bare["data"]}
+    (tmp_path / "quantized").mkdir()
+    section = as_json(Quantization(group_size=32))
+    with pytest.raises(SourceError, match=NO_HEAD):
+        quantize_model.work(bench_of(QUANTIZE_MODEL, section, tmp_path / "quantized", inputs))
+    (tmp_path / "measured").mkdir()
+    inputs = bare | {"model": bare["teacher"]}
+    with pytest.raises(SourceError, match=NO_HEAD):
+        evaluate_model.work(
+            bench_of(EVALUATE_MODEL, as_json(Evaluation()), tmp_path / "measured", inputs)
+        )
 
 
 def test_a_model_of_the_classes_in_another_order_is_not_measured(tmp_path: Path, rows: Any) -> None:
