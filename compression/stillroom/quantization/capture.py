@@ -176,17 +176,29 @@ class BlockCaller:
         return forward
 
 
+@dataclass(frozen=True)
+class Picked:
+    """Which rows of a matrix were taken last: a mixture takes an expert's tokens so."""
+
+    of: int  # rows of the matrix
+    index: Tensor  # (taken,)
+
+
 class Watch(TorchFunctionMode):
-    """While it is entered, call see(name, inputs) whenever one of the weights is multiplied.
+    """While it is entered, call see(name, inputs, picked) when one of the weights is multiplied.
 
     It sees the product itself, so that it makes no difference whether a module or a slice of a
-    mixture's fused parameter holds the weight.
+    mixture's fused parameter holds the weight. `picked` are the rows that were taken last of any
+    matrix; None where there were none.
     """
 
     def __init__(
-        self, weights: Mapping[str, LinearWeight], see: Callable[[str, Tensor], None]
+        self,
+        weights: Mapping[str, LinearWeight],
+        see: Callable[[str, Tensor, Picked | None], None],
     ) -> None:
         super().__init__()
+        self.picked: Picked | None = None
         self.names: dict[int, list[str]] = {}
         for name, weight in weights.items():
             self.names.setdefault(weight.multiplied.data_ptr(), []).append(name)
@@ -199,14 +211,25 @@ class Watch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Look at the product, then compute it."""
+        """Look at the product or at what is taken, then compute it."""
+        if func is Tensor.__getitem__:
+            self.picked = _picked(*args) or self.picked
         places = PRODUCTS.get(func)
         if places is not None and len(args) > max(places):
             weight = args[places[1]]
             if isinstance(weight, Tensor) and weight.dim() == 2:
                 for name in self.names.get(weight.data_ptr(), ()):
-                    self.see(name, args[places[0]])
+                    self.see(name, args[places[0]], self.picked)
         return func(*args, **(kwargs or {}))
+
+
+def _picked(matrix: Tensor, index: Any) -> Picked | None:
+    """Return which rows of `matrix` an index takes; None where it is no list of rows."""
+    if isinstance(index, tuple) and len(index) == 2 and index[0] is None:
+        index = index[1]
+    if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype != torch.int64:
+        return None
+    return Picked(len(matrix), index) if matrix.dim() == 2 else None
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stillroom.blocks import LinearWeight
-from stillroom.quantization.capture import Place, Stop, Watch
+from stillroom.quantization.capture import Picked, Place, Stop, Watch
 from stillroom.quantization.hessian import HessianAccumulator, Statistics
 from stillroom.quantization.streaming import Activations, Stream
 
@@ -37,7 +37,7 @@ def plan_rounds(
     inputs: list[Tensor] = []  # kept, so that no two have the same identity
     calls: dict[str, tuple[int, ...]] = {}
 
-    def see(name: str, value: Tensor) -> None:
+    def see(name: str, value: Tensor, _: Picked | None) -> None:
         known = next((i for i, other in enumerate(inputs) if other is value), len(inputs))
         if known == len(inputs):
             inputs.append(value)
@@ -90,19 +90,18 @@ def collect(
         def add(
             name: str,
             value: Tensor,
+            picked: Picked | None,
             b: int = b,
             mask: Tensor = rows.mask,
             waiting: set[str] = waiting,
         ) -> None:
             kept = f"{name}-{b}"
             other = None
-            if full_precision is not None and full_precision.has(kept):
+            if _is_of_all(value, mask) and full_precision and full_precision.has(kept):
                 other = full_precision.read(kept, value.device)
             columns = value.shape[-1]
             accumulator = found.setdefault((name, b in held_out), HessianAccumulator(columns))
-            tokens = _tokens(value, mask)
-            same = other is not None and other.shape == tokens.shape
-            accumulator.add(tokens, other if same else None)
+            accumulator.add(_real_tokens(value, mask, picked), other)
             waiting.discard(name)
             if once and not waiting:
                 raise Stop
@@ -131,7 +130,8 @@ def watch_inputs(
     """Let every batch go through a block, and keep on disk what the watched weights get.
 
     Weights that a batch calls more than once are left out of it, as it would not be known which
-    call is whose; those called with other tokens than all (experts) are left out altogether.
+    call is whose; so are those called with some of the tokens (experts), since the quantized model
+    may send them others.
     """
     chosen = {name: weights[name] for name in watched if weights[name].expert is None}
     for b, rows in enumerate(stream.batches):
@@ -140,14 +140,15 @@ def watch_inputs(
         def keep(
             name: str,
             value: Tensor,
+            picked: Picked | None,
             b: int = b,
             mask: Tensor = rows.mask,
             called: set[str] = called,
         ) -> None:
             if name in called:
                 kept.drop(f"{name}-{b}")
-            else:
-                kept.write(f"{name}-{b}", _tokens(value, mask))
+            elif _is_of_all(value, mask):
+                kept.write(f"{name}-{b}", _real_tokens(value, mask, picked))
             called.add(name)
 
         with Watch(chosen, keep):
@@ -155,11 +156,19 @@ def watch_inputs(
         stream.hidden[place.stack].write(b, output)
 
 
-def _tokens(value: Tensor, mask: Tensor) -> Tensor:
-    """Return the inputs of real tokens, (tokens, in)."""
-    if value.shape[:2] == mask.shape:
-        return value.flatten(0, 1) if bool(mask.all()) else value[mask.bool()]
-    return value.flatten(0, -2)
+def _real_tokens(value: Tensor, mask: Tensor, picked: Picked | None) -> Tensor:
+    """Return the inputs of real tokens, (tokens, in); all where it is not known whose they are."""
+    rows = value.flatten(0, -2)  # (tokens, in)
+    real = mask.flatten().bool()
+    if picked is not None and not _is_of_all(value, mask):
+        is_choice = picked.of == len(real) and len(picked.index) == len(rows)
+        real = real[picked.index] if is_choice else real
+    return rows if len(real) != len(rows) or bool(real.all()) else rows[real]
+
+
+def _is_of_all(value: Tensor, mask: Tensor) -> bool:
+    """Return whether inputs, (rows, length, in) or (rows * length, in), are those of all tokens."""
+    return value.shape[:-1] in (mask.shape, (mask.numel(),))
 
 
 def _family(weight: LinearWeight) -> object:
