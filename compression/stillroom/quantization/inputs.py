@@ -11,6 +11,9 @@ from stillroom.quantization.capture import Picked, Place, Stop, Watch
 from stillroom.quantization.hessian import HessianAccumulator, Statistics
 from stillroom.quantization.streaming import Activations, Stream
 
+# Of each call of a weight, the number of the batch and of the input in it.
+Calls = tuple[tuple[int, int], ...]
+
 
 @dataclass(frozen=True)
 class Round:
@@ -32,24 +35,20 @@ def plan_rounds(
 
     Weights share an input if they are given the very same tensors, call by call. The experts of a
     mixture stand in one round, since no forward pass reaches all of them one after another.
-    Weights that nobody multiplies are left out.
+    Weights that the first batch does not reach, such as experts that are modules, are looked for
+    in those after it; those that nobody multiplies are left out.
     """
-    inputs: list[Tensor] = []  # kept, so that no two have the same identity
-    calls: dict[str, tuple[int, ...]] = {}
-
-    def see(name: str, value: Tensor, _: Picked | None) -> None:
-        known = next((i for i, other in enumerate(inputs) if other is value), len(inputs))
-        if known == len(inputs):
-            inputs.append(value)
-        calls[name] = (*calls.get(name, ()), known)
-
-    with Watch(weights, see):
-        stream.run(place, 0)
-    reached = {_family(weights[name]) for name in calls}
-    for name, weight in weights.items():
-        if weight.expert is not None and _family(weight) in reached:
-            calls.setdefault(name, (-1 - weight.expert,))  # this batch does not use it
-    shared: dict[tuple[object, tuple[int, ...]], list[str]] = {}
+    calls: dict[str, Calls] = {}
+    for b in range(len(stream.batches)):
+        for name, seen in _calls(stream, place, weights, b).items():
+            calls.setdefault(name, seen)
+        reached = {_family(weights[name]) for name in calls}
+        for name, weight in weights.items():
+            if weight.expert is not None and _family(weight) in reached:
+                calls.setdefault(name, ((-1, weight.expert),))  # no batch so far uses it
+        if len(calls) == len(weights):
+            break
+    shared: dict[tuple[object, Calls], list[str]] = {}
     for name, seen in calls.items():
         shared.setdefault((_family(weights[name]), seen), []).append(name)
     rounds: dict[object, list[tuple[str, ...]]] = {}
@@ -57,6 +56,24 @@ def plan_rounds(
         rounds.setdefault(seen if family is None else family, []).append(tuple(names))
     once = all(len(seen) == 1 for seen in calls.values())
     return tuple(Round(tuple(groups), once) for groups in rounds.values())
+
+
+def _calls(
+    stream: Stream, place: Place, weights: Mapping[str, LinearWeight], b: int
+) -> dict[str, Calls]:
+    """Return the calls of each weight that a batch reaches."""
+    inputs: list[Tensor] = []  # kept, so that no two have the same identity
+    calls: dict[str, Calls] = {}
+
+    def see(name: str, value: Tensor, _: Picked | None) -> None:
+        known = next((i for i, other in enumerate(inputs) if other is value), len(inputs))
+        if known == len(inputs):
+            inputs.append(value)
+        calls[name] = (*calls.get(name, ()), (b, known))
+
+    with Watch(weights, see):
+        stream.run(place, b)
+    return calls
 
 
 @dataclass(frozen=True)

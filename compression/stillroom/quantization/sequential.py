@@ -210,16 +210,19 @@ class _Run:
         return solved
 
     def _rounds(self, place: Place, weights: dict[str, LinearWeight]) -> tuple[Round, ...]:
-        """Return the rounds of a block; blocks with the same layers share a plan."""
-        start = len(f"{place.stack}.{place.index}.")
-        layout = tuple(name[start:] for name in weights)
-        if layout not in self._plans:
-            named = {name[start:]: weight for name, weight in weights.items()}
-            self._plans[layout] = plan_rounds(self.now, place, named)
+        """Return the rounds of a block; blocks with the same layers share a plan.
+
+        A plan that lacks a layer is of its block alone: rows may reach the layer in another.
+        """
         prefix = f"{place.stack}.{place.index}."
+        named = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+        layout = tuple(named)
+        plan = self._plans.get(layout) or plan_rounds(self.now, place, named)
+        if sum(len(group) for each in plan for group in each.groups) == len(named):
+            self._plans[layout] = plan
         rounds = tuple(
             Round(tuple(tuple(f"{prefix}{n}" for n in group) for group in each.groups), each.once)
-            for each in self._plans[layout]
+            for each in plan
         )
         options = self.choices.options
         # Rounding asks nothing of the inputs; they only measure its error.

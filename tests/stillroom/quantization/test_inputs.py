@@ -101,6 +101,31 @@ def test_what_an_idle_expert_has_shares_its_input(tmp_path):
     assert all(each.once for each in rounds)
 
 
+@torch.no_grad()
+def test_an_expert_that_only_a_later_batch_reaches_has_its_round(tmp_path):
+    model = tiny_switch(num_experts=8)
+    blocks = model.encoder.block
+    place = Place("encoder.block", 1)
+    batches = [Rows(torch.tensor([[5, 6]]) + i, torch.ones(1, 2, dtype=int)) for i in range(16)]
+    with BlockCaller(model, {"encoder.block": blocks}).entered() as caller:
+        stream = Stream(caller, batches, tmp_path)
+        stream.enter()
+        stream.advance(Place("encoder.block", 0))
+        weights = find_weights(blocks[1])
+        called: list[list[str]] = []
+        for b in range(len(batches)):
+            called.append([])
+            with Watch(weights, lambda name, *_: called[-1].append(name)):
+                stream.run(place, b)
+        rounds = plan_rounds(stream, place, weights)
+    planned = [name for each in rounds for group in each.groups for name in group]
+    reached = {name for names in called for name in names}
+    assert {*called[0]} < reached
+    assert {*planned} == reached
+    assert planned[: len(called[0])] == called[0]
+    assert len(planned) == len({*planned})
+
+
 def _first_block(model, ids, mask, folder):
     """Return what the first block's weights see of some rows, by layer's name."""
     prefix, blocks = find_blocks(model)

@@ -11,6 +11,7 @@ from stillroom.errors import DataError, MismatchError, NotFiniteError, RecipeErr
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sequential import quantize_model
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
+from tests.stillroom.tiny_mixtures import tiny_switch
 
 OPTIONS = QuantizationOptions(bits=4, group_size=16)
 
@@ -139,6 +140,30 @@ def test_a_run_killed_after_a_block_continues_to_the_same_bytes(make_model, tmp_
             ours = getattr(result.layers[name].weight, part)
             assert torch.equal(ours, getattr(layer.weight, part)), (name, part)
     assert result.accounts == expected.accounts
+
+
+def test_experts_that_are_modules_are_solved_wherever_a_row_reaches_them(tmp_path):
+    data = rows(count=16)
+    reached = set()
+    original = tiny_switch(num_experts=8)
+    for name, module in original.named_modules():
+        if ".experts." in name and isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda *_, name=name: reached.add(name))
+    ids, mask = data.input_ids, data.attention_mask
+    for row in range(16):
+        real = ids[row : row + 1, mask[row].bool()]
+        original(input_ids=real, decoder_input_ids=real)
+    kept = FolderCheckpoints(tmp_path)
+    options = replace(OPTIONS, batch_rows=1)
+    whole = quantize_model(tiny_switch(num_experts=8), data, options, checkpoints=kept)
+    fell_back = {account.name for account in whole.accounts if account.fell_back}
+    assert reached
+    assert not fell_back & reached
+    for name in kept.names():
+        if name.startswith("block-decoder") and not name.endswith("-0000"):
+            kept.delete(name)
+    resumed = quantize_model(tiny_switch(num_experts=8), data, options, checkpoints=kept)
+    assert resumed.accounts == whole.accounts
 
 
 def test_checkpoints_of_other_work_are_refused(tmp_path):
