@@ -1,13 +1,14 @@
 """Which weights of a block share an input, and what their inputs are like."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stillroom.blocks import LinearWeight
-from stillroom.quantization.capture import Picked, Place, Stop, Watch
+from stillroom.quantization.capture import Picked, Place, Watch
 from stillroom.quantization.hessian import HessianAccumulator, Statistics
 from stillroom.quantization.streaming import Activations, Stream
 
@@ -76,6 +77,10 @@ def _calls(
     return calls
 
 
+class _SeenAll(Exception):
+    """It ends a block's forward pass that has shown enough, so that it leaves no outputs."""
+
+
 @dataclass(frozen=True)
 class Sums:
     """What the weights that share an input saw, on the rows to solve on and on the others."""
@@ -121,9 +126,9 @@ def collect(
             accumulator.add(_real_tokens(value, mask, picked), other)
             waiting.discard(name)
             if once and not waiting:
-                raise Stop
+                raise _SeenAll
 
-        with Watch(chosen, add):
+        with Watch(chosen, add), suppress(_SeenAll):
             stream.run(place, b)
     sums: dict[str, Sums] = {}
     for name in watched:

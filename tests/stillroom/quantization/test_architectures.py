@@ -1,5 +1,7 @@
 """Every kind of transformer goes through, found from its module tree alone."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
@@ -8,11 +10,14 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from stillroom.blocks import find_stacks, find_weights, weight_at
-from stillroom.errors import CorruptedError
+from stillroom.errors import CorruptedError, StageError
 from stillroom.models import load_model, save_model
+from stillroom.quantization.capture import BlockCaller, Place, Rows
 from stillroom.quantization.formats.export import check_folder, save_quantized
+from stillroom.quantization.inputs import collect
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sequential import quantize_model
+from stillroom.quantization.streaming import Stream
 from stillroom.streamed import open_streamed
 from tests.stillroom.tiny import tiny_tokenizer
 
@@ -61,6 +66,19 @@ MODELS = {
             "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
             "decoder_start_token_id": 0,
         },
+    ),
+    "longt5": (
+        "seq2seq_lm",
+        tf.LongT5Config,
+        {
+            "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
+            "local_radius": 3, "decoder_start_token_id": 0,
+        },
+    ),
+    "deberta with a convolution": (
+        "sequence_classification",
+        tf.DebertaV2Config,
+        ENCODER | {"relative_attention": True, "conv_kernel_size": 3, "conv_act": "gelu"},
     ),
     "mixtral": ("causal_lm", tf.MixtralConfig, EXPERTS | {"num_local_experts": 4}),
     "qwen3_moe": (
@@ -152,6 +170,47 @@ def test_encoder_and_decoder_are_both_quantized():
     assert result.stacks == ("encoder.block", "decoder.block")
     cross = "decoder.block.1.layer.1.EncDecAttention.k"
     assert result.layers[cross].account.method == "gptq"
+
+
+@pytest.mark.parametrize("kind", ["longt5", "deberta with a convolution"])
+def test_blocks_see_what_they_see_in_the_model(kind):
+    """Also their own padding's mask, and what is done between two blocks."""
+    model, data = make(kind), rows()
+    stacks = find_stacks(model)
+    expected = []
+    hooks = [
+        block.register_forward_hook(lambda *all: expected.append(all[2]))
+        for stack in stacks.values()
+        for block in stack
+    ]
+    ids, mask = data.input_ids, data.attention_mask
+    logits(model, data)
+    for hook in hooks:
+        hook.remove()
+    with torch.no_grad(), BlockCaller(model, stacks).entered() as caller, TemporaryDirectory() as f:
+        parts = [slice(0, 4), slice(4, 8), slice(8, 10)]
+        stream = Stream(caller, [Rows(ids[part], mask[part]) for part in parts], Path(f))
+        for name, stack in stacks.items():
+            assert stream.enter() == name
+            for index, block in enumerate(stack):
+                place = Place(name, index)
+                weights = find_weights(block)
+                collect(stream, place, weights, list(weights)[:1], True, set(), None)
+                stream.advance(place)
+                outputs = expected.pop(0)
+                whole = outputs[0] if isinstance(outputs, tuple) else outputs
+                for b, part in enumerate(parts):
+                    real = mask[part].bool()
+                    came = stream.hidden[name].read(b, ids.device)
+                    torch.testing.assert_close(came[real], whole[part][real])
+            stream.leave(name)
+
+
+def test_blocks_that_are_called_again_are_refused():
+    config = tf.AlbertConfig(**ENCODER, embedding_size=16)
+    model = tf.AlbertForSequenceClassification(config).eval()
+    with pytest.raises(StageError, match=r"albert_layer_groups\.0 is called more than once"):
+        quantize_model(model, rows(), QuantizationOptions(4, 16))
 
 
 def test_every_expert_is_quantized_on_its_own_tokens():
