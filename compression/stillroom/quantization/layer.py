@@ -246,7 +246,8 @@ def _split(
         if choice.errors is not None:
             chosen = torch.arange(0, W.shape[0], choice.every)
             inside = (chosen >= start) & (chosen < start + size)
-            held_out = _share(*choice.errors[inside.to(choice.errors.device)].double().sum(0))
+            if bool(inside.any()):  # a small layer may have none of the rows
+                held_out = _share(*choice.errors[inside.to(choice.errors.device)].double().sum(0))
         energy = errors[rows, 1].double().sum()
         solutions.append(
             replace(

@@ -61,7 +61,8 @@ def _require_finite(
     for name in names:
         if not bool(torch.isfinite(weights[name].read()).all()):
             raise NotFiniteError(f"{name}: the weight holds a NaN or an infinity; check the model")
-    if sums is not None and not bool(torch.isfinite(sums.train.hessian).all()):
+    seen = () if sums is None else (sums.train, sums.held_out)
+    if not all(each.is_finite for each in seen if each is not None):
         raise NotFiniteError(
             f"{names[0]}: its inputs on the calibration rows hold a NaN or an infinity; "
             f"compute the model in float32 or bfloat16"

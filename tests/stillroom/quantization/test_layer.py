@@ -44,6 +44,16 @@ def test_layers_solved_together_are_those_solved_alone():
         assert solution.relative_error == pytest.approx(alone.relative_error, rel=0.2)
 
 
+def test_a_layer_without_a_row_to_choose_on_states_no_held_out_error():
+    """Of 1544 rows every eighth is chosen on; the last seven lie between two of them."""
+    W = _weight(out=1544)
+    train, held_out = _statistics(_inputs(1)), _statistics(_inputs(2, 60))
+    large, small = quantize_together(W, [1537, 7], None, train, held_out, OPTIONS)
+    assert large.held_out_error is not None
+    assert small.relative_error > 0
+    assert small.held_out_error is None
+
+
 def test_without_anything_beyond_it_it_is_gptq():
     W, statistics = _weight(), _statistics(_inputs(1))
     options = QuantizationOptions(3, 8, damping=0.05, refinements=0, cross_layer=False)

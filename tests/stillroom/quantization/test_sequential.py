@@ -226,6 +226,18 @@ def test_a_nan_input_is_reported_by_layer():
         quantize_model(model, rows(), OPTIONS)
 
 
+def test_a_nan_input_of_a_row_that_is_held_out_is_reported_by_layer():
+    model, data = tiny_llama(), rows(count=8, padded=False)
+
+    class Overflow(torch.nn.Module):
+        def forward(self, inputs):
+            return inputs * (torch.inf if len(inputs) == 1 else 1)
+
+    model.model.layers[0].mlp.act_fn = Overflow()
+    with pytest.raises(NotFiniteError, match=r"model\.layers\.0\.mlp\.down_proj: its inputs"):
+        quantize_model(model, data, OPTIONS)
+
+
 def test_layers_that_no_row_reaches_are_rounded_and_counted(caplog):
     model = tiny_llama()
     # Nobody calls this one.
