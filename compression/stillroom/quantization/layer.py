@@ -257,7 +257,8 @@ def _split(
                 clipped=int(clipped[rows].sum()),
                 bias=None if made.bias is None else made.bias[rows],
                 held_out_error=held_out,
-                babai_bound=_share(bounds[rows].double().sum(), energy),
+                # The cross-layer term moves the weight away from W, and the bound with it.
+                babai_bound=None if choice.alpha else _share(bounds[rows].double().sum(), energy),
             )
         )
         start += size

@@ -139,3 +139,14 @@ def test_no_unclipped_rounding_by_gptq_is_worse_than_babais_bound(bits):
             assert 0 < solution.relative_error <= solution.babai_bound * 1.01
             seen += 1
     assert seen > 4
+
+
+def test_what_makes_good_an_earlier_loss_has_no_babai_bound():
+    """The error is against the weight as it was, which is no longer what is rounded."""
+    W, X, fresh = _weight(), _inputs(1, 2000), _inputs(2, 500)
+    options = QuantizationOptions(8, 8)
+    train, held_out = (_statistics(each, each @ (0.9 * torch.eye(32))) for each in (X, fresh))
+    (solution,) = quantize_together(W, [12], None, train, held_out, options)
+    assert solution.alpha > 0
+    assert solution.relative_error > 1e-4
+    assert solution.babai_bound is None
