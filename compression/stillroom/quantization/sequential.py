@@ -17,7 +17,7 @@ from stillroom.errors import DataError, NotFiniteError
 from stillroom.memory import return_free_memory
 from stillroom.progress import Progress, silent
 from stillroom.quantization.capture import BlockCaller, CalibrationRows, Place, Rows
-from stillroom.quantization.choices import Choices
+from stillroom.quantization.choices import Choices, warn_of_unseen
 from stillroom.quantization.embeddings import round_embeddings
 from stillroom.quantization.inputs import Round, collect, plan_rounds, watch_inputs
 from stillroom.quantization.options import QuantizationOptions
@@ -90,6 +90,7 @@ def quantize_model(
     choices = Choices(options, layer_options or {}, skip)
     stacks = find_stacks(model)
     skipped = choices.check(stacks)
+    warn_of_unseen(stacks)
     pieces = Pieces(
         checkpoints,
         work_fingerprint(choices.settings(), calibration.input_ids, calibration.attention_mask),

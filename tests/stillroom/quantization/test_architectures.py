@@ -13,6 +13,7 @@ from stillroom.blocks import find_stacks, find_weights, weight_at
 from stillroom.errors import CorruptedError, StageError
 from stillroom.models import load_model, save_model
 from stillroom.quantization.capture import BlockCaller, Place, Rows
+from stillroom.quantization.choices import warn_of_unseen
 from stillroom.quantization.formats.export import check_folder, save_quantized
 from stillroom.quantization.inputs import collect
 from stillroom.quantization.options import QuantizationOptions
@@ -284,6 +285,20 @@ def test_an_expert_that_no_token_reaches_is_rounded_and_counted():
     result = quantize_model(model, data, QuantizationOptions(4, 16))
     idle = [a for a in result.accounts if a.fell_back]
     assert {a.name.split(".experts.")[1][0] for a in idle} <= {"3"}
+
+
+def test_weights_in_no_layer_that_can_be_quantized_are_told(caplog):
+    """The experts of Llama 4 bear no mark."""
+    values = SMALL | {"num_local_experts": 4, "intermediate_size_mlp": 64, "num_experts_per_tok": 1}
+    model = tf.Llama4ForCausalLM(tf.Llama4TextConfig(**values)).eval()
+    quantize_model(model, rows(), QuantizationOptions(4, 8, method="rtn"))
+    assert "are not quantized, first model.layers.0.feed_forward.experts.gate_up" in caplog.text
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_all_weights_of_the_known_kinds_are_in_layers(kind, caplog):
+    warn_of_unseen(find_stacks(make(kind)))
+    assert "not quantized" not in caplog.text
 
 
 def test_conv1d_and_fused_experts_count_as_linears():
