@@ -236,9 +236,13 @@ class _Run:
 def _batches(
     model: Any, rows: CalibrationRows, options: QuantizationOptions
 ) -> tuple[list[Rows], set[int]]:
-    """Return the rows in batches, and the numbers of those that are held out to choose on."""
-    ids, mask = rows.input_ids, rows.attention_mask
-    if not len(ids) or not int(mask.sum()):
+    """Return the rows in batches, and the numbers of those that are held out to choose on.
+
+    Rows of padding alone are left out.
+    """
+    real = rows.attention_mask.any(1)
+    ids, mask = rows.input_ids[real], rows.attention_mask[real]
+    if not len(ids):
         raise DataError("quantization needs calibration rows, and there are none: add text")
     device = next(p.device for p in model.parameters() if not p.is_meta)
     apart = torch.zeros(len(ids), dtype=torch.bool)

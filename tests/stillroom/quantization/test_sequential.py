@@ -250,6 +250,17 @@ def test_layers_that_no_row_reaches_are_rounded_and_counted(caplog):
     assert "1 of 15 layers" in caplog.text
 
 
+def test_rows_of_padding_alone_are_left_out():
+    data = rows(count=10)
+    data.attention_mask[[1, 7]] = 0
+    real = data.attention_mask.any(1)
+    fewer = SimpleNamespace(
+        input_ids=data.input_ids[real], attention_mask=data.attention_mask[real]
+    )
+    expected = quantize_model(tiny_llama(), fewer, OPTIONS)
+    assert quantize_model(tiny_llama(), data, OPTIONS).accounts == expected.accounts
+
+
 def test_no_rows_are_refused():
     with pytest.raises(DataError, match="calibration"):
         quantize_model(tiny_llama(), rows(count=0, padded=False), OPTIONS)
