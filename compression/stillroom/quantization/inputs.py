@@ -198,6 +198,7 @@ def _family(weight: LinearWeight) -> object:
     return None if weight.expert is None else (id(weight.module), weight.parameter)
 
 
-def dead_inputs(statistics: Statistics) -> int:
-    """Return how many inputs were always zero."""
-    return int(torch.count_nonzero(statistics.hessian.diagonal() == 0))
+def dead_inputs(sums: Sums) -> int:
+    """Return how many inputs were zero on all rows."""
+    seen = [each for each in (sums.train, sums.held_out) if each is not None]
+    return int(torch.stack([each.hessian.diagonal() == 0 for each in seen]).all(0).sum())

@@ -41,7 +41,7 @@ def solve_group(
         _require_finite(names, weights, sums)
         chosen = {name: weights[name] for name in names}
         method, solutions = _solve(chosen, sums, options)
-        dead = 0 if sums is None else dead_inputs(sums.train)
+        dead = 0 if sums is None else dead_inputs(sums)
         for name, solution in zip(names, solutions, strict=True):
             account = _account(name, solution, method, options, dead)
             solved[name] = QuantizedLayer(solution.weight, account, solution.bias)

@@ -9,7 +9,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from stillroom.blocks import find_blocks, find_weights
 from stillroom.quantization.capture import BlockCaller, Place, Rows, Watch
-from stillroom.quantization.inputs import collect, plan_rounds, watch_inputs
+from stillroom.quantization.hessian import Statistics
+from stillroom.quantization.inputs import Sums, collect, dead_inputs, plan_rounds, watch_inputs
 from stillroom.quantization.streaming import Activations, Stream
 from tests.stillroom.quantization.test_architectures import make
 from tests.stillroom.tiny_mixtures import tiny_qwen3_moe, tiny_switch
@@ -187,3 +188,12 @@ def test_inputs_of_some_tokens_are_not_taken_for_those_of_others(tmp_path):
     files = {path.name for path in (tmp_path / "inputs").iterdir()}
     assert "layer.0.SelfAttention.q-0.safetensors" in files
     assert not any(".experts." in name for name in files)
+
+
+def test_an_input_is_dead_that_is_zero_on_all_rows():
+    def seen(*diagonal):
+        return Statistics(torch.diag(torch.tensor(diagonal)), torch.zeros(3), tokens=1)
+
+    train = seen(1.0, 0.0, 0.0)
+    assert dead_inputs(Sums(train, None)) == 2
+    assert dead_inputs(Sums(train, seen(0.0, 2.0, 0.0))) == 1
