@@ -117,6 +117,8 @@ def _quantizing(order: Order, model: Shape, data: Data) -> Estimate:
     solving = SOLVER_PRODUCTS * 2 * model.block_parameters * (3 * model.hidden + model.inner) / 4
     flops = model.layers * (passes + 3 * tokens * squares + solving)
     section = order.section
+    if section["mixed"]:
+        flops += _measuring_choices(section["mixed"], model, data)
     whole = order.stage.name == "merge_adapter"
     if whole or section["engine"] == "gptqmodel" or section["mixed"]:
         return _need(flops, 2 * model.parameters, 2 * tokens * model.hidden)
@@ -125,6 +127,21 @@ def _quantizing(order: Order, model: Shape, data: Data) -> Estimate:
     parameters = model.embedding_parameters + 2 * model.block_parameters + 8 * stacked
     activations = 20 * max(model.hidden, model.inner) ** 2 + 8 * batch * model.inner
     return _need(flops, parameters, activations + 3 * min(batch * model.vocabulary, LOGITS_AT_ONCE))
+
+
+def _measuring_choices(mixed: Mapping[str, Any], model: Shape, data: Data) -> float:
+    """Return the operations of measuring what each choice of mixed bits costs.
+
+    The layers with the same input are measured together: four kinds in a block, two of them once
+    for each expert. On average half of the blocks lie behind the one that is changed. The tokens
+    are spread over the rows, and rows run whole.
+    """
+    groups = model.layers * (2 + 2 * model.experts)
+    choices = len(mixed["bits"]) * max(1, len(mixed["group_sizes"]))
+    rows: int = min(data.calibration_rows, mixed["measured_tokens"])
+    tokens = rows * data.sequence_length
+    behind = (model.active_parameters - model.embedding_parameters) / 2
+    return groups * choices * PASSES["forward"] * tokens * behind
 
 
 def _data_of(order: Order, recipe: Recipe) -> Data:

@@ -46,7 +46,7 @@ def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
         return {prefix: blocks}
     found = lists_of_blocks(model)
     outermost = [name for name in found if not any(_is_below(name, other) for other in found)]
-    return {name: found[name] for name in outermost if len(found[name]) > 1 or name == prefix}
+    return {name: found[name] for name in outermost}
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 
-from flows.estimate import START_SECONDS, Estimate, _data_of, estimate
+from flows.estimate import FLOPS_A_THREAD, START_SECONDS, Estimate, _data_of, estimate
 from flows.shape import Shape
 from stillroom.config import validate
+from stillroom.hardware import threads_here
 from tasks.stages import (
     DISTILL_STUDENT,
+    QUANTIZE_MODEL,
     RUN_TRIAL,
     TRAIN_ADAPTER,
     TUNE_TEACHER,
@@ -49,6 +51,40 @@ def test_a_training_takes_as_long_as_its_steps_or_its_epochs(stage: Stage) -> No
     twice = planned(stage, epochs=2)
     assert some.seconds - START_SECONDS == pytest.approx((whole.seconds - START_SECONDS) / 5)
     assert twice.seconds - START_SECONDS == pytest.approx((whole.seconds - START_SECONDS) * 2)
+
+
+def quantized(**section: Any) -> Estimate:
+    recipe = validate(
+        {
+            "name": "planned",
+            "teacher": {"source": "elsewhere"},
+            "data": {
+                "train": {"source": "text.jsonl"},
+                "sequence_length": 100,
+                "calibration_rows": 128,
+            },
+            "quantization": section,
+        },
+        "test",
+    )
+    assert recipe.quantization
+    asked = recipe.quantization.model_dump(mode="json")
+    return estimate(
+        Order(title="quantize", stage=QUANTIZE_MODEL, section=asked, seed=0), recipe, SHAPE
+    )
+
+
+def test_mixed_bits_take_as_long_as_their_choices_are_many() -> None:
+    """Each is a forward pass through half of the blocks, for four kinds of layers a block."""
+    plain = quantized().seconds
+    two = quantized(mixed={"max_bytes": 10**9, "bits": [2, 4]}).seconds - plain
+    six = quantized(mixed={"max_bytes": 10**9, "bits": [2, 4], "group_sizes": [32, 64, 96]}).seconds
+    few = quantized(mixed={"max_bytes": 10**9, "bits": [2, 4], "measured_tokens": 64}).seconds
+    assert six - plain == pytest.approx(3 * two)
+    assert few - plain == pytest.approx(two / 2)
+    flops = 30 * 4 * 2 * 2 * 128 * 100 * 30 * SHAPE.block_parameters / 2
+    assert two == pytest.approx(flops / (FLOPS_A_THREAD * threads_here()))
+    assert two > 10 * (plain - START_SECONDS)
 
 
 @pytest.mark.parametrize(

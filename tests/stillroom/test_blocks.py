@@ -1,10 +1,10 @@
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
-from stillroom.blocks import find_blocks, find_linears, find_weights
+from stillroom.blocks import find_blocks, find_linears, find_stacks, find_weights
 from stillroom.errors import RecipeError
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
 
@@ -41,6 +41,18 @@ def test_linears_come_in_definition_order():
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(RecipeError, match="Sequential has no such ModuleList"):
         find_blocks(nn.Sequential(nn.Linear(4, 4)))
+
+
+@pytest.mark.parametrize(("encoders", "decoders"), [(1, 3), (3, 1), (1, 1)])
+def test_an_encoder_or_decoder_of_one_block_is_a_stack(encoders: int, decoders: int) -> None:
+    config = T5Config(
+        vocab_size=32, d_model=16, d_kv=4, d_ff=32, num_heads=4, num_layers=encoders,
+        num_decoder_layers=decoders, decoder_start_token_id=0,
+    )  # fmt: skip
+    sizes = {
+        name: len(stack) for name, stack in find_stacks(T5ForConditionalGeneration(config)).items()
+    }
+    assert sizes == {"encoder.block": encoders, "decoder.block": decoders}
 
 
 @pytest.mark.parametrize("linear", [nn.Linear(3, 5), Conv1D(5, 3)], ids=["Linear", "Conv1D"])

@@ -140,6 +140,29 @@ def test_a_teacher_with_code_of_its_own_is_loaded_by_us_alone(change: str) -> No
         load_recipe(DEMO, [change, "teacher.trust_remote_code=true"])
 
 
+@pytest.mark.parametrize("asked", ["max_perplexity_ratio=1.2", "damping=2"])
+def test_what_the_engine_gptqmodel_would_not_heed_is_refused(asked: str) -> None:
+    load_recipe(DEMO, [f"quantization.{asked}"])
+    with pytest.raises(RecipeError, match="engine gptqmodel"):
+        load_recipe(DEMO, [f"quantization.{asked}", "quantization.engine=gptqmodel"])
+
+
+@pytest.mark.parametrize(
+    ("task", "gate"),
+    [("masked_lm", "max_perplexity_ratio"), ("sequence_classification", "min_accuracy_ratio")],
+)
+def test_perplexity_is_no_bound_where_no_next_token_is_predicted(task: str, gate: str) -> None:
+    recipe = {
+        "name": "bounded",
+        "task": task,
+        "teacher": {"source": "elsewhere"},
+        "data": {"train": {"source": "text.jsonl"}},
+        "quantization": {"max_perplexity_ratio": 1.2},
+    }
+    with pytest.raises(RecipeError, match=rf"does not; set gates\.{gate}"):
+        validate(recipe, "test")
+
+
 def test_a_recipe_cannot_change() -> None:
     recipe = load_recipe(DEMO)
     with pytest.raises(ValidationError):

@@ -78,4 +78,14 @@ class Quantization(Section):
             )
         if self.engine == "gptqmodel" and self.embedding_bits:
             raise ValueError("engine gptqmodel leaves embeddings as they are: drop embedding_bits")
+        if self.engine == "gptqmodel" and self.max_perplexity_ratio:
+            raise ValueError(
+                "engine gptqmodel compares no perplexities: drop max_perplexity_ratio and set "
+                "gates.max_perplexity_ratio, or use the engine stillroom"
+            )
+        if self.engine == "gptqmodel" and self.damping is not None and self.damping >= 1:
+            raise ValueError(
+                f"engine gptqmodel takes a damping below 1, got {self.damping:g}; lower it, or use "
+                "the engine stillroom"
+            )
         return self

@@ -121,10 +121,12 @@ class Recipe(Section):
                     f"for the task masked_lm, {self.task} came; leave it out"
                 )
         quantization = self.quantization
-        if quantization and quantization.max_perplexity_ratio and self.task == "masked_lm":
+        if quantization and quantization.max_perplexity_ratio and self.task != "causal_lm":
+            masked = self.task == "masked_lm"
+            gate = "max_perplexity_ratio" if masked else "min_accuracy_ratio"
             raise ValueError(
-                "quantization.max_perplexity_ratio predicts each next token, which masked_lm does "
-                "not; set gates.max_perplexity_ratio instead"
+                f"quantization.max_perplexity_ratio predicts each next token, which {self.task} "
+                f"does not; set gates.{gate} instead"
             )
         return self
 

@@ -24,7 +24,7 @@ PRODUCTS: dict[Any, tuple[int, int]] = {
 
 
 class Stop(Exception):
-    """It ends a forward pass that has shown enough."""
+    """It ends a forward pass that has come far enough."""
 
 
 class CalibrationRows(Protocol):
@@ -59,9 +59,9 @@ class BlockCaller:
     """Run single blocks with the arguments that the model gives them.
 
     While it is entered, the model's own forward pass runs everything but the blocks: those are
-    passed by, and the one that is asked for gets the hidden states that are handed in. So nothing
-    needs to be known of how a model prepares masks, positions and the like, and the other blocks
-    need not be in memory.
+    passed by, and the one that is asked for gets the hidden states that are handed in, as what the
+    block before it gave. So nothing needs to be known of how a model prepares masks, positions and
+    the like, or of what it does between two blocks, and the other blocks need not be in memory.
     """
 
     def __init__(self, model: nn.Module, stacks: Mapping[str, nn.ModuleList]) -> None:
@@ -73,6 +73,7 @@ class BlockCaller:
         self._sides: Mapping[str, tuple[Any, ...] | None] = {}
         self._result: Any = None
         self._reached: tuple[str, Tensor] | None = None
+        self._called: set[Place] = set()
 
     @contextmanager
     def entered(self) -> Iterator["BlockCaller"]:
@@ -119,6 +120,9 @@ class BlockCaller:
         """Return the block's hidden states, (rows, length, hidden), and what else it returns.
 
         Nothing else, None, means that it returns no tuple.
+
+        Args:
+            hidden: what comes out of the block before; what reaches the block, if it is the first.
         """
         self._run({place}, hidden, rows, left, sides)
         result = self._result
@@ -142,6 +146,7 @@ class BlockCaller:
         sides: Mapping[str, tuple[Any, ...] | None],
     ) -> Any:
         self._wanted, self._hidden, self._left, self._sides = wanted, hidden, left, sides
+        self._called = set()
         inputs = {"input_ids": rows.ids, "attention_mask": rows.mask}
         if getattr(self.model.config, "is_encoder_decoder", False):
             inputs |= {"decoder_input_ids": rows.ids, "decoder_attention_mask": rows.mask}
@@ -158,35 +163,61 @@ class BlockCaller:
 
     def _stand_in(self, place: Place, original: Callable[..., Any]) -> Callable[..., Any]:
         last = len(self.stacks[place.stack]) - 1
+        after = Place(place.stack, place.index + 1)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             came = args[0] if args else kwargs["hidden_states"]
+            self._note_call(place)
             if place in self._wanted:
                 if self._hidden is None:
                     self._reached = (place.stack, came)
                     raise Stop
                 rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-                self._result = original(self._hidden, *args[1:], **rest)
+                given = came if place.index else self._hidden
+                self._result = original(given, *args[1:], **rest)
                 raise Stop
             leaves = place.index == last and place.stack in self._left
             passed = self._left[place.stack] if leaves else came
+            if after in self._wanted and self._hidden is not None:
+                passed = self._hidden
             side = self._sides.get(place.stack)
             return passed if side is None else (passed, *side)
 
         return forward
 
+    def _note_call(self, place: Place) -> None:
+        if place in self._called:
+            raise StageError(
+                f"{place.stack}.{place.index} is called more than once in a forward pass, as in "
+                "models whose layers share their weights (ALBERT), and blocks are quantized one "
+                "after another; use a model whose layers have weights of their own"
+            )
+        self._called.add(place)
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Which rows of a matrix were taken last: a mixture takes an expert's tokens so."""
+
+    of: int  # rows of the matrix
+    index: Tensor  # (taken,)
+
 
 class Watch(TorchFunctionMode):
-    """While it is entered, call see(name, inputs) whenever one of the weights is multiplied.
+    """While it is entered, call see(name, inputs, picked) when one of the weights is multiplied.
 
     It sees the product itself, so that it makes no difference whether a module or a slice of a
-    mixture's fused parameter holds the weight.
+    mixture's fused parameter holds the weight. `picked` are the rows that were taken last of any
+    matrix; None where there were none.
     """
 
     def __init__(
-        self, weights: Mapping[str, LinearWeight], see: Callable[[str, Tensor], None]
+        self,
+        weights: Mapping[str, LinearWeight],
+        see: Callable[[str, Tensor, Picked | None], None],
     ) -> None:
         super().__init__()
+        self.picked: Picked | None = None
         self.names: dict[int, list[str]] = {}
         for name, weight in weights.items():
             self.names.setdefault(weight.multiplied.data_ptr(), []).append(name)
@@ -199,14 +230,25 @@ class Watch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Look at the product, then compute it."""
+        """Look at the product or at what is taken, then compute it."""
+        if func is Tensor.__getitem__:
+            self.picked = _picked(*args) or self.picked
         places = PRODUCTS.get(func)
         if places is not None and len(args) > max(places):
             weight = args[places[1]]
             if isinstance(weight, Tensor) and weight.dim() == 2:
                 for name in self.names.get(weight.data_ptr(), ()):
-                    self.see(name, args[places[0]])
+                    self.see(name, args[places[0]], self.picked)
         return func(*args, **(kwargs or {}))
+
+
+def _picked(matrix: Tensor, index: Any) -> Picked | None:
+    """Return which rows of `matrix` an index takes; None where it is no list of rows."""
+    if isinstance(index, tuple) and len(index) == 2 and index[0] is None:
+        index = index[1]
+    if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype != torch.int64:
+        return None
+    return Picked(len(matrix), index) if matrix.dim() == 2 else None
 
 
 @contextmanager

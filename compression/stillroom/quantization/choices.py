@@ -1,5 +1,6 @@
 """Which layers of a model are quantized, and how."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -10,6 +11,10 @@ from stillroom.blocks import LinearWeight, find_weights
 from stillroom.errors import RecipeError
 from stillroom.quantization.obq import refuse_large
 from stillroom.quantization.options import QuantizationOptions, check_fits
+
+logger = logging.getLogger(__name__)
+# Convolutions and tables of positions are a smaller share of a block's weights.
+LARGEST_SHARE_UNSEEN = 0.1
 
 
 @dataclass(frozen=True)
@@ -78,3 +83,23 @@ class Choices:
 
     def _skips(self, name: str) -> bool:
         return any(fnmatch(name, pattern) for pattern in self.skip)
+
+
+def warn_of_unseen(stacks: Mapping[str, nn.ModuleList]) -> None:
+    """Say which large share of the blocks' weights is in no layer that could be quantized."""
+    whole, unseen = 0, {}
+    for stack, blocks in stacks.items():
+        found = {id(getattr(each.module, each.parameter)) for each in find_weights(blocks).values()}
+        for name, parameter in blocks.named_parameters():
+            if parameter.dim() > 1:
+                whole += parameter.numel()
+                if id(parameter) not in found:
+                    unseen[f"{stack}.{name}"] = parameter.numel()
+    share = sum(unseen.values()) / whole
+    if share > LARGEST_SHARE_UNSEEN:
+        logger.warning(
+            "%.0f %% of the weights inside the blocks are not quantized, first %s: they are in no "
+            "linear layer, and in no experts as transformers marks them",
+            100 * share,
+            next(iter(unseen)),
+        )

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stillroom.blocks import find_blocks
+from stillroom.blocks import find_blocks, find_stacks
 from stillroom.errors import RecipeError
-from stillroom.models import load_model, read_config, saved_dtype
+from stillroom.models import load_config, load_model, new_model, quiet, read_config, saved_dtype
 from stillroom.quantization.capture import CalibrationRows
+from stillroom.quantization.choices import Choices
 from stillroom.quantization.formats.convert import task_of
 from stillroom.quantization.formats.folder import QuantizedFolder, open_quantized
 from stillroom.quantization.formats.shards import ShardWriter, new_folder, write_config
@@ -47,7 +48,8 @@ def quantize_with_gptqmodel(
     dotted name fits a pattern in `skip` stay as they are.
 
     Raises:
-        RecipeError: gptqmodel is not installed, or does not know the method.
+        RecipeError: gptqmodel is not installed, or does not know the method; or a pattern in `skip`
+            fits no layer, or all of them.
         MismatchError: it quantized layers that the model does not have.
         StoreError: `output` is not empty, or cannot be written.
     """
@@ -60,6 +62,11 @@ def quantize_with_gptqmodel(
         raise RecipeError(
             f"the engine gptqmodel does gptq, got method {options.method}; use the engine stillroom"
         )
+    config = load_config(folder)
+    task = task_of(config.architectures)
+    with quiet(), torch.device("meta"):
+        empty = new_model(folder, config, task=task, dtype=torch.float32)
+    Choices(options, {}, skip).skipped(find_stacks(empty))
     rows = [
         ids[mask.bool()]
         for ids, mask in zip(calibration.input_ids, calibration.attention_mask, strict=True)
@@ -68,7 +75,6 @@ def quantize_with_gptqmodel(
         theirs = Path(temporary) / "model"
         log = _run(folder, [row for row in rows if len(row)], options, skip, theirs)
         result = open_quantized(theirs)
-        task = task_of(read_config(folder).get("architectures"))
         model = load_model(folder, task=task, dtype=torch.float32)
         losses = measure_losses(model, result, rows[:MEASURED_ROWS])
         accounts = [account_for(name, losses[name], log) for name in result.layers]

@@ -26,6 +26,12 @@ class Statistics:
     shift: Tensor | None = None  # (in, in), 2 E[(x' - x) xᵀ]; None where x' was not followed
     shift_mean: Tensor | None = None  # (in,), E[x' - x]
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no number is NaN or infinite."""
+        found = (self.hessian, self.mean, self.shift, self.shift_mean)
+        return all(bool(torch.isfinite(each).all()) for each in found if each is not None)
+
     def centred(self) -> "Statistics":
         """Return the statistics about the means: those of a layer whose bias is free to move."""
         mean = self.mean

@@ -1,15 +1,19 @@
 """Which weights of a block share an input, and what their inputs are like."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stillroom.blocks import LinearWeight
-from stillroom.quantization.capture import Place, Stop, Watch
+from stillroom.quantization.capture import Picked, Place, Watch
 from stillroom.quantization.hessian import HessianAccumulator, Statistics
 from stillroom.quantization.streaming import Activations, Stream
+
+# Of each call of a weight, the number of the batch and of the input in it.
+Calls = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -32,24 +36,20 @@ def plan_rounds(
 
     Weights share an input if they are given the very same tensors, call by call. The experts of a
     mixture stand in one round, since no forward pass reaches all of them one after another.
-    Weights that nobody multiplies are left out.
+    Weights that the first batch does not reach, such as experts that are modules, are looked for
+    in those after it; those that nobody multiplies are left out.
     """
-    inputs: list[Tensor] = []  # kept, so that no two have the same identity
-    calls: dict[str, tuple[int, ...]] = {}
-
-    def see(name: str, value: Tensor) -> None:
-        known = next((i for i, other in enumerate(inputs) if other is value), len(inputs))
-        if known == len(inputs):
-            inputs.append(value)
-        calls[name] = (*calls.get(name, ()), known)
-
-    with Watch(weights, see):
-        stream.run(place, 0)
-    reached = {_family(weights[name]) for name in calls}
-    for name, weight in weights.items():
-        if weight.expert is not None and _family(weight) in reached:
-            calls.setdefault(name, (-1 - weight.expert,))  # this batch does not use it
-    shared: dict[tuple[object, tuple[int, ...]], list[str]] = {}
+    calls: dict[str, Calls] = {}
+    for b in range(len(stream.batches)):
+        for name, seen in _calls(stream, place, weights, b).items():
+            calls.setdefault(name, seen)
+        reached = {_family(weights[name]) for name in calls}
+        for name, weight in weights.items():
+            if weight.expert is not None and _family(weight) in reached:
+                calls.setdefault(name, ((-1, weight.expert),))  # no batch so far uses it
+        if len(calls) == len(weights):
+            break
+    shared: dict[tuple[object, Calls], list[str]] = {}
     for name, seen in calls.items():
         shared.setdefault((_family(weights[name]), seen), []).append(name)
     rounds: dict[object, list[tuple[str, ...]]] = {}
@@ -57,6 +57,28 @@ def plan_rounds(
         rounds.setdefault(seen if family is None else family, []).append(tuple(names))
     once = all(len(seen) == 1 for seen in calls.values())
     return tuple(Round(tuple(groups), once) for groups in rounds.values())
+
+
+def _calls(
+    stream: Stream, place: Place, weights: Mapping[str, LinearWeight], b: int
+) -> dict[str, Calls]:
+    """Return the calls of each weight that a batch reaches."""
+    inputs: list[Tensor] = []  # kept, so that no two have the same identity
+    calls: dict[str, Calls] = {}
+
+    def see(name: str, value: Tensor, _: Picked | None) -> None:
+        known = next((i for i, other in enumerate(inputs) if other is value), len(inputs))
+        if known == len(inputs):
+            inputs.append(value)
+        calls[name] = (*calls.get(name, ()), (b, known))
+
+    with Watch(weights, see):
+        stream.run(place, b)
+    return calls
+
+
+class _SeenAll(Exception):
+    """It ends a block's forward pass that has shown enough, so that it leaves no outputs."""
 
 
 @dataclass(frozen=True)
@@ -90,24 +112,23 @@ def collect(
         def add(
             name: str,
             value: Tensor,
+            picked: Picked | None,
             b: int = b,
             mask: Tensor = rows.mask,
             waiting: set[str] = waiting,
         ) -> None:
             kept = f"{name}-{b}"
             other = None
-            if full_precision is not None and full_precision.has(kept):
+            if _is_of_all(value, mask) and full_precision and full_precision.has(kept):
                 other = full_precision.read(kept, value.device)
             columns = value.shape[-1]
             accumulator = found.setdefault((name, b in held_out), HessianAccumulator(columns))
-            tokens = _tokens(value, mask)
-            same = other is not None and other.shape == tokens.shape
-            accumulator.add(tokens, other if same else None)
+            accumulator.add(_real_tokens(value, mask, picked), other)
             waiting.discard(name)
             if once and not waiting:
-                raise Stop
+                raise _SeenAll
 
-        with Watch(chosen, add):
+        with Watch(chosen, add), suppress(_SeenAll):
             stream.run(place, b)
     sums: dict[str, Sums] = {}
     for name in watched:
@@ -131,7 +152,8 @@ def watch_inputs(
     """Let every batch go through a block, and keep on disk what the watched weights get.
 
     Weights that a batch calls more than once are left out of it, as it would not be known which
-    call is whose; those called with other tokens than all (experts) are left out altogether.
+    call is whose; so are those called with some of the tokens (experts), since the quantized model
+    may send them others.
     """
     chosen = {name: weights[name] for name in watched if weights[name].expert is None}
     for b, rows in enumerate(stream.batches):
@@ -140,14 +162,15 @@ def watch_inputs(
         def keep(
             name: str,
             value: Tensor,
+            picked: Picked | None,
             b: int = b,
             mask: Tensor = rows.mask,
             called: set[str] = called,
         ) -> None:
             if name in called:
                 kept.drop(f"{name}-{b}")
-            else:
-                kept.write(f"{name}-{b}", _tokens(value, mask))
+            elif _is_of_all(value, mask):
+                kept.write(f"{name}-{b}", _real_tokens(value, mask, picked))
             called.add(name)
 
         with Watch(chosen, keep):
@@ -155,11 +178,19 @@ def watch_inputs(
         stream.hidden[place.stack].write(b, output)
 
 
-def _tokens(value: Tensor, mask: Tensor) -> Tensor:
-    """Return the inputs of real tokens, (tokens, in)."""
-    if value.shape[:2] == mask.shape:
-        return value.flatten(0, 1) if bool(mask.all()) else value[mask.bool()]
-    return value.flatten(0, -2)
+def _real_tokens(value: Tensor, mask: Tensor, picked: Picked | None) -> Tensor:
+    """Return the inputs of real tokens, (tokens, in); all where it is not known whose they are."""
+    rows = value.flatten(0, -2)  # (tokens, in)
+    real = mask.flatten().bool()
+    if picked is not None and not _is_of_all(value, mask):
+        is_choice = picked.of == len(real) and len(picked.index) == len(rows)
+        real = real[picked.index] if is_choice else real
+    return rows if len(real) != len(rows) or bool(real.all()) else rows[real]
+
+
+def _is_of_all(value: Tensor, mask: Tensor) -> bool:
+    """Return whether inputs, (rows, length, in) or (rows * length, in), are those of all tokens."""
+    return value.shape[:-1] in (mask.shape, (mask.numel(),))
 
 
 def _family(weight: LinearWeight) -> object:
@@ -167,6 +198,7 @@ def _family(weight: LinearWeight) -> object:
     return None if weight.expert is None else (id(weight.module), weight.parameter)
 
 
-def dead_inputs(statistics: Statistics) -> int:
-    """Return how many inputs were always zero."""
-    return int(torch.count_nonzero(statistics.hessian.diagonal() == 0))
+def dead_inputs(sums: Sums) -> int:
+    """Return how many inputs were zero on all rows."""
+    seen = [each for each in (sums.train, sums.held_out) if each is not None]
+    return int(torch.stack([each.hessian.diagonal() == 0 for each in seen]).all(0).sum())

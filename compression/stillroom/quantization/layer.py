@@ -246,7 +246,8 @@ def _split(
         if choice.errors is not None:
             chosen = torch.arange(0, W.shape[0], choice.every)
             inside = (chosen >= start) & (chosen < start + size)
-            held_out = _share(*choice.errors[inside.to(choice.errors.device)].double().sum(0))
+            if bool(inside.any()):  # a small layer may have none of the rows
+                held_out = _share(*choice.errors[inside.to(choice.errors.device)].double().sum(0))
         energy = errors[rows, 1].double().sum()
         solutions.append(
             replace(
@@ -256,7 +257,8 @@ def _split(
                 clipped=int(clipped[rows].sum()),
                 bias=None if made.bias is None else made.bias[rows],
                 held_out_error=held_out,
-                babai_bound=_share(bounds[rows].double().sum(), energy),
+                # The cross-layer term moves the weight away from W, and the bound with it.
+                babai_bound=None if choice.alpha else _share(bounds[rows].double().sum(), energy),
             )
         )
         start += size

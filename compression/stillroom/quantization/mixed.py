@@ -26,6 +26,7 @@ from stillroom.quantization.allocation import (
 from stillroom.quantization.capture import CalibrationRows
 from stillroom.quantization.choices import Choices
 from stillroom.quantization.divergence import kl_measure
+from stillroom.quantization.obq import refuse_large
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.pieces import work_fingerprint
 from stillroom.quantization.sensitivity import measure_costs, replaced, rounding, tied_layers
@@ -59,13 +60,16 @@ def choose_bits(  # noqa: PLR0913
 
     Raises:
         MismatchError: the checkpoints were made with other options or other rows.
-        RecipeError: the budget is below the smallest possible, no offer fits a layer, or `skip`
-            fits none or all of them.
+        RecipeError: the budget is below the smallest possible, no offer fits a layer, `skip` fits
+            none or all of them, or a layer is too large for the method.
         DataError: there are no rows.
     """
     layers, stacks = Choices(options, {}, skip), find_stacks(model)
     layers.skipped(stacks)
     weights = layers.chosen(stacks)
+    if options.method == "obq":
+        for weight in weights.values():
+            refuse_large(*weight.shape)
     probe = slice(0, PROBE_TOKENS)
     groups = tied_layers(
         model, list(weights), rows.input_ids[:1, probe], rows.attention_mask[:1, probe]

@@ -71,10 +71,10 @@ def check_fits(
     """
     group = options.group_size
     if group != -1 and (group < 2 or in_features % group):
-        usable = [str(size) for size in _group_sizes(in_features, near=group)]
+        usable = ", ".join(str(size) for size in _group_sizes(in_features, near=group))
         raise RecipeError(
             f"group_size must divide in_features: {group} does not divide {in_features} ({name}); "
-            f"use {', '.join([*usable, ''])[:-2]} or -1 for one group per row"
+            f"use {usable}{' or ' if usable else ''}-1 for one group per row"
         )
     unit = values_per_unit(options.bits)
     for side, size in (("in_features", in_features), ("out_features", out_features)):

@@ -17,7 +17,7 @@ from stillroom.errors import DataError, NotFiniteError
 from stillroom.memory import return_free_memory
 from stillroom.progress import Progress, silent
 from stillroom.quantization.capture import BlockCaller, CalibrationRows, Place, Rows
-from stillroom.quantization.choices import Choices
+from stillroom.quantization.choices import Choices, warn_of_unseen
 from stillroom.quantization.embeddings import round_embeddings
 from stillroom.quantization.inputs import Round, collect, plan_rounds, watch_inputs
 from stillroom.quantization.options import QuantizationOptions
@@ -90,6 +90,7 @@ def quantize_model(
     choices = Choices(options, layer_options or {}, skip)
     stacks = find_stacks(model)
     skipped = choices.check(stacks)
+    warn_of_unseen(stacks)
     pieces = Pieces(
         checkpoints,
         work_fingerprint(choices.settings(), calibration.input_ids, calibration.attention_mask),
@@ -210,16 +211,19 @@ class _Run:
         return solved
 
     def _rounds(self, place: Place, weights: dict[str, LinearWeight]) -> tuple[Round, ...]:
-        """Return the rounds of a block; blocks with the same layers share a plan."""
-        start = len(f"{place.stack}.{place.index}.")
-        layout = tuple(name[start:] for name in weights)
-        if layout not in self._plans:
-            named = {name[start:]: weight for name, weight in weights.items()}
-            self._plans[layout] = plan_rounds(self.now, place, named)
+        """Return the rounds of a block; blocks with the same layers share a plan.
+
+        A plan that lacks a layer is of its block alone: rows may reach the layer in another.
+        """
         prefix = f"{place.stack}.{place.index}."
+        named = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+        layout = tuple(named)
+        plan = self._plans.get(layout) or plan_rounds(self.now, place, named)
+        if sum(len(group) for each in plan for group in each.groups) == len(named):
+            self._plans[layout] = plan
         rounds = tuple(
             Round(tuple(tuple(f"{prefix}{n}" for n in group) for group in each.groups), each.once)
-            for each in self._plans[layout]
+            for each in plan
         )
         options = self.choices.options
         # Rounding asks nothing of the inputs; they only measure its error.
@@ -232,9 +236,13 @@ class _Run:
 def _batches(
     model: Any, rows: CalibrationRows, options: QuantizationOptions
 ) -> tuple[list[Rows], set[int]]:
-    """Return the rows in batches, and the numbers of those that are held out to choose on."""
-    ids, mask = rows.input_ids, rows.attention_mask
-    if not len(ids) or not int(mask.sum()):
+    """Return the rows in batches, and the numbers of those that are held out to choose on.
+
+    Rows of padding alone are left out.
+    """
+    real = rows.attention_mask.any(1)
+    ids, mask = rows.input_ids[real], rows.attention_mask[real]
+    if not len(ids):
         raise DataError("quantization needs calibration rows, and there are none: add text")
     device = next(p.device for p in model.parameters() if not p.is_meta)
     apart = torch.zeros(len(ids), dtype=torch.bool)

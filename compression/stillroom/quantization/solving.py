@@ -41,7 +41,7 @@ def solve_group(
         _require_finite(names, weights, sums)
         chosen = {name: weights[name] for name in names}
         method, solutions = _solve(chosen, sums, options)
-        dead = 0 if sums is None else dead_inputs(sums.train)
+        dead = 0 if sums is None else dead_inputs(sums)
         for name, solution in zip(names, solutions, strict=True):
             account = _account(name, solution, method, options, dead)
             solved[name] = QuantizedLayer(solution.weight, account, solution.bias)
@@ -61,7 +61,8 @@ def _require_finite(
     for name in names:
         if not bool(torch.isfinite(weights[name].read()).all()):
             raise NotFiniteError(f"{name}: the weight holds a NaN or an infinity; check the model")
-    if sums is not None and not bool(torch.isfinite(sums.train.hessian).all()):
+    seen = () if sums is None else (sums.train, sums.held_out)
+    if not all(each.is_finite for each in seen if each is not None):
         raise NotFiniteError(
             f"{names[0]}: its inputs on the calibration rows hold a NaN or an infinity; "
             f"compute the model in float32 or bfloat16"

@@ -56,7 +56,8 @@ class LayerAccount:
     bits: int = 4
     group_size: int = -1
     held_out_error: float | None = None  # on rows that the solution was not made from
-    babai_bound: float | None = None  # no unclipped rounding by GPTQ can have a larger error
+    # No unclipped rounding by GPTQ can have a larger error; none where `alpha` asked for more.
+    babai_bound: float | None = None
     alpha: float = 0.0  # share of the earlier layers' loss that it was asked to make good
     refined: bool = False  # coordinate descent lowered the held-out error and was kept
 

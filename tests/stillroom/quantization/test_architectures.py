@@ -1,5 +1,7 @@
 """Every kind of transformer goes through, found from its module tree alone."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
@@ -8,11 +10,15 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from stillroom.blocks import find_stacks, find_weights, weight_at
-from stillroom.errors import CorruptedError
+from stillroom.errors import CorruptedError, StageError
 from stillroom.models import load_model, save_model
+from stillroom.quantization.capture import BlockCaller, Place, Rows
+from stillroom.quantization.choices import warn_of_unseen
 from stillroom.quantization.formats.export import check_folder, save_quantized
+from stillroom.quantization.inputs import collect
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sequential import quantize_model
+from stillroom.quantization.streaming import Stream
 from stillroom.streamed import open_streamed
 from tests.stillroom.tiny import tiny_tokenizer
 
@@ -61,6 +67,19 @@ MODELS = {
             "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
             "decoder_start_token_id": 0,
         },
+    ),
+    "longt5": (
+        "seq2seq_lm",
+        tf.LongT5Config,
+        {
+            "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
+            "local_radius": 3, "decoder_start_token_id": 0,
+        },
+    ),
+    "deberta with a convolution": (
+        "sequence_classification",
+        tf.DebertaV2Config,
+        ENCODER | {"relative_attention": True, "conv_kernel_size": 3, "conv_act": "gelu"},
     ),
     "mixtral": ("causal_lm", tf.MixtralConfig, EXPERTS | {"num_local_experts": 4}),
     "qwen3_moe": (
@@ -154,6 +173,47 @@ def test_encoder_and_decoder_are_both_quantized():
     assert result.layers[cross].account.method == "gptq"
 
 
+@pytest.mark.parametrize("kind", ["longt5", "deberta with a convolution"])
+def test_blocks_see_what_they_see_in_the_model(kind):
+    """Also their own padding's mask, and what is done between two blocks."""
+    model, data = make(kind), rows()
+    stacks = find_stacks(model)
+    expected = []
+    hooks = [
+        block.register_forward_hook(lambda *all: expected.append(all[2]))
+        for stack in stacks.values()
+        for block in stack
+    ]
+    ids, mask = data.input_ids, data.attention_mask
+    logits(model, data)
+    for hook in hooks:
+        hook.remove()
+    with torch.no_grad(), BlockCaller(model, stacks).entered() as caller, TemporaryDirectory() as f:
+        parts = [slice(0, 4), slice(4, 8), slice(8, 10)]
+        stream = Stream(caller, [Rows(ids[part], mask[part]) for part in parts], Path(f))
+        for name, stack in stacks.items():
+            assert stream.enter() == name
+            for index, block in enumerate(stack):
+                place = Place(name, index)
+                weights = find_weights(block)
+                collect(stream, place, weights, list(weights)[:1], True, set(), None)
+                stream.advance(place)
+                outputs = expected.pop(0)
+                whole = outputs[0] if isinstance(outputs, tuple) else outputs
+                for b, part in enumerate(parts):
+                    real = mask[part].bool()
+                    came = stream.hidden[name].read(b, ids.device)
+                    torch.testing.assert_close(came[real], whole[part][real])
+            stream.leave(name)
+
+
+def test_blocks_that_are_called_again_are_refused():
+    config = tf.AlbertConfig(**ENCODER, embedding_size=16)
+    model = tf.AlbertForSequenceClassification(config).eval()
+    with pytest.raises(StageError, match=r"albert_layer_groups\.0 is called more than once"):
+        quantize_model(model, rows(), QuantizationOptions(4, 16))
+
+
 def test_every_expert_is_quantized_on_its_own_tokens():
     model = make("mixtral")
     result = quantize_model(model, rows(), QuantizationOptions(4, 16))
@@ -225,6 +285,20 @@ def test_an_expert_that_no_token_reaches_is_rounded_and_counted():
     result = quantize_model(model, data, QuantizationOptions(4, 16))
     idle = [a for a in result.accounts if a.fell_back]
     assert {a.name.split(".experts.")[1][0] for a in idle} <= {"3"}
+
+
+def test_weights_in_no_layer_that_can_be_quantized_are_told(caplog):
+    """The experts of Llama 4 bear no mark."""
+    values = SMALL | {"num_local_experts": 4, "intermediate_size_mlp": 64, "num_experts_per_tok": 1}
+    model = tf.Llama4ForCausalLM(tf.Llama4TextConfig(**values)).eval()
+    quantize_model(model, rows(), QuantizationOptions(4, 8, method="rtn"))
+    assert "are not quantized, first model.layers.0.feed_forward.experts.gate_up" in caplog.text
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_all_weights_of_the_known_kinds_are_in_layers(kind, caplog):
+    warn_of_unseen(find_stacks(make(kind)))
+    assert "not quantized" not in caplog.text
 
 
 def test_conv1d_and_fused_experts_count_as_linears():

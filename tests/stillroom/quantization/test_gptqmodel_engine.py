@@ -212,6 +212,16 @@ def test_another_method_is_refused(tmp_path, monkeypatch):
         )
 
 
+def test_a_skip_that_fits_no_layer_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "find_spec", lambda name: name)
+    save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "model")
+    with pytest.raises(RecipeError, match=r"skip must fit some .*\*\.down_porj"):
+        engine.quantize_with_gptqmodel(
+            tmp_path / "model", rows(), QuantizationOptions(), tmp_path / "out",
+            skip=("*.down_porj",),
+        )  # fmt: skip
+
+
 def test_our_options_by_their_names():
     options = QuantizationOptions(bits=3, group_size=64, symmetric=True, damping=0.02)
     section = engine.engine_config(options, ())

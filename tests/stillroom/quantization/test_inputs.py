@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from stillroom.blocks import find_weights
+from stillroom.blocks import find_blocks, find_weights
 from stillroom.quantization.capture import BlockCaller, Place, Rows, Watch
-from stillroom.quantization.inputs import collect, plan_rounds, watch_inputs
+from stillroom.quantization.hessian import Statistics
+from stillroom.quantization.inputs import Sums, collect, dead_inputs, plan_rounds, watch_inputs
 from stillroom.quantization.streaming import Activations, Stream
-from tests.stillroom.tiny_mixtures import tiny_qwen3_moe
+from tests.stillroom.quantization.test_architectures import make
+from tests.stillroom.tiny_mixtures import tiny_qwen3_moe, tiny_switch
 
 
 class _Block(nn.Module):
@@ -87,7 +89,7 @@ def test_what_an_idle_expert_has_shares_its_input(tmp_path):
         stream.enter()
         called = []
         weights = find_weights(block)
-        with Watch(weights, lambda name, _: called.append(name)):
+        with Watch(weights, lambda name, *_: called.append(name)):
             stream.run(Place("model.layers", 0), 0)
         rounds = plan_rounds(stream, Place("model.layers", 0), weights)
     idle = [name for name in weights if ".experts." in name and name not in called]
@@ -98,3 +100,100 @@ def test_what_an_idle_expert_has_shares_its_input(tmp_path):
         assert {f"{prefix}gate_proj", f"{prefix}up_proj"} in groups
         assert {f"{prefix}down_proj"} in groups
     assert all(each.once for each in rounds)
+
+
+@torch.no_grad()
+def test_an_expert_that_only_a_later_batch_reaches_has_its_round(tmp_path):
+    model = tiny_switch(num_experts=8)
+    blocks = model.encoder.block
+    place = Place("encoder.block", 1)
+    batches = [Rows(torch.tensor([[5, 6]]) + i, torch.ones(1, 2, dtype=int)) for i in range(16)]
+    with BlockCaller(model, {"encoder.block": blocks}).entered() as caller:
+        stream = Stream(caller, batches, tmp_path)
+        stream.enter()
+        stream.advance(Place("encoder.block", 0))
+        weights = find_weights(blocks[1])
+        called: list[list[str]] = []
+        for b in range(len(batches)):
+            called.append([])
+            with Watch(weights, lambda name, *_: called[-1].append(name)):
+                stream.run(place, b)
+        rounds = plan_rounds(stream, place, weights)
+    planned = [name for each in rounds for group in each.groups for name in group]
+    reached = {name for names in called for name in names}
+    assert {*called[0]} < reached
+    assert {*planned} == reached
+    assert planned[: len(called[0])] == called[0]
+    assert len(planned) == len({*planned})
+
+
+def _first_block(model, ids, mask, folder):
+    """Return what the first block's weights see of some rows, by layer's name."""
+    prefix, blocks = find_blocks(model)
+    with torch.no_grad(), BlockCaller(model, {prefix: blocks}).entered() as caller:
+        stream = Stream(caller, [Rows(ids, mask)], folder)
+        stream.enter()
+        weights, place = find_weights(blocks[0]), Place(prefix, 0)
+        watched = [name for each in plan_rounds(stream, place, weights) for name in each.watched]
+        return collect(stream, place, weights, watched, False, set(), None)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "mixtral", "qwen3_moe"])
+def test_padding_does_not_count(kind, tmp_path):
+    ids = torch.randint(4, 64, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    tokens = []
+    for padding in (0, 9):
+        ids[mask == 0] = padding
+        seen = _first_block(make(kind), ids, mask, tmp_path / str(padding))
+        tokens.append({name: each.train.tokens for name, each in seen.items()})
+        last = [each.train.hessian for each in seen.values()]
+        if padding == 0:
+            first = last
+    real = int(mask.sum())
+    experts = {name: count for name, count in tokens[0].items() if ".experts." in name}
+    assert all(count == real for name, count in tokens[0].items() if name not in experts)
+    downs = sum(count for name, count in experts.items() if name.endswith("down_proj"))
+    assert downs == (2 * real if experts else 0)
+    assert tokens[0] == tokens[1]
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(first, last, strict=True))
+
+
+def test_an_expert_may_get_as_many_tokens_as_there_are_rows(tmp_path):
+    """Its inputs, (tokens, in), are no (rows, length), though the numbers are the same."""
+    ids = torch.randint(4, 64, (3, 32), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[2, 20:] = 0
+    model = tiny_qwen3_moe(num_experts=32)
+    seen = _first_block(model, ids, mask, tmp_path)
+    counts = [each.train.tokens for name, each in seen.items() if name.endswith("gate_proj")]
+    assert 3 in counts
+    assert sum(counts) == 2 * int(mask.sum())
+
+
+@torch.no_grad()
+def test_inputs_of_some_tokens_are_not_taken_for_those_of_others(tmp_path):
+    """The quantized model may send an expert as many tokens as the original, but others."""
+    model = tiny_switch()
+    ids = torch.randint(4, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+    blocks = model.encoder.block
+    with BlockCaller(model, {"encoder.block": blocks}).entered() as caller:
+        stream = Stream(caller, [Rows(ids, torch.ones_like(ids))], tmp_path / "original")
+        stream.enter()
+        stream.advance(Place("encoder.block", 0))
+        kept = Activations(tmp_path / "inputs")
+        weights = find_weights(blocks[1])
+        watch_inputs(stream, Place("encoder.block", 1), weights, list(weights), kept)
+    files = {path.name for path in (tmp_path / "inputs").iterdir()}
+    assert "layer.0.SelfAttention.q-0.safetensors" in files
+    assert not any(".experts." in name for name in files)
+
+
+def test_an_input_is_dead_that_is_zero_on_all_rows():
+    def seen(*diagonal):
+        return Statistics(torch.diag(torch.tensor(diagonal)), torch.zeros(3), tokens=1)
+
+    train = seen(1.0, 0.0, 0.0)
+    assert dead_inputs(Sums(train, None)) == 2
+    assert dead_inputs(Sums(train, seen(0.0, 2.0, 0.0))) == 1

@@ -44,6 +44,16 @@ def test_layers_solved_together_are_those_solved_alone():
         assert solution.relative_error == pytest.approx(alone.relative_error, rel=0.2)
 
 
+def test_a_layer_without_a_row_to_choose_on_states_no_held_out_error():
+    """Of 1544 rows every eighth is chosen on; the last seven lie between two of them."""
+    W = _weight(out=1544)
+    train, held_out = _statistics(_inputs(1)), _statistics(_inputs(2, 60))
+    large, small = quantize_together(W, [1537, 7], None, train, held_out, OPTIONS)
+    assert large.held_out_error is not None
+    assert small.relative_error > 0
+    assert small.held_out_error is None
+
+
 def test_without_anything_beyond_it_it_is_gptq():
     W, statistics = _weight(), _statistics(_inputs(1))
     options = QuantizationOptions(3, 8, damping=0.05, refinements=0, cross_layer=False)
@@ -129,3 +139,14 @@ def test_no_unclipped_rounding_by_gptq_is_worse_than_babais_bound(bits):
             assert 0 < solution.relative_error <= solution.babai_bound * 1.01
             seen += 1
     assert seen > 4
+
+
+def test_what_makes_good_an_earlier_loss_has_no_babai_bound():
+    """The error is against the weight as it was, which is no longer what is rounded."""
+    W, X, fresh = _weight(), _inputs(1, 2000), _inputs(2, 500)
+    options = QuantizationOptions(8, 8)
+    train, held_out = (_statistics(each, each @ (0.9 * torch.eye(32))) for each in (X, fresh))
+    (solution,) = quantize_together(W, [12], None, train, held_out, options)
+    assert solution.alpha > 0
+    assert solution.relative_error > 1e-4
+    assert solution.babai_bound is None

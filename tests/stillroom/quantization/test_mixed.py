@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from stillroom.checkpoint import FolderCheckpoints
 from stillroom.errors import MismatchError, RecipeError
 from stillroom.models import load_model
+from stillroom.quantization import obq
 from stillroom.quantization.allocation import LayerChoice
 from stillroom.quantization.formats.export import save_quantized
 from stillroom.quantization.mixed import choose_bits
@@ -124,3 +127,14 @@ def test_a_layer_that_no_offer_fits_may_be_skipped(tmp_path):
 def test_a_skip_that_fits_nothing_is_refused():
     with pytest.raises(RecipeError, match=r"skip must fit some .*\*\.attention"):
         choose_bits(tiny_llama(hidden=64), rows(), OPTIONS, OFFERS, 10**6, skip=("*.attention",))
+
+
+def test_a_layer_too_large_for_obq_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr(obq, "LARGEST_WORK", 64 * 64**3)
+    model, data, asked = tiny_llama(hidden=64), rows(), []
+    options = replace(OPTIONS, method="obq")
+    with pytest.raises(RecipeError, match="OBQ takes layers"):
+        choose_bits(
+            model, data, options, OFFERS, 10**6, progress=lambda done, *_: asked.append(done)
+        )
+    assert not asked

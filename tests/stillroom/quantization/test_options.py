@@ -13,6 +13,11 @@ def test_a_group_that_divides_nothing_names_layer_and_what_would_do():
     )
 
 
+def test_where_no_group_divides_only_a_row_is_left():
+    with pytest.raises(RecipeError, match="; use -1 for one group per row"):
+        check_fits(QuantizationOptions(4, 64), 64, 24, "layer")
+
+
 @pytest.mark.parametrize("group_size", [0, 1, -2])
 def test_a_group_that_is_none_is_refused(group_size):
     with pytest.raises(RecipeError, match="group_size"):

@@ -11,6 +11,7 @@ from stillroom.errors import DataError, MismatchError, NotFiniteError, RecipeErr
 from stillroom.quantization.options import QuantizationOptions
 from stillroom.quantization.sequential import quantize_model
 from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama
+from tests.stillroom.tiny_mixtures import tiny_switch
 
 OPTIONS = QuantizationOptions(bits=4, group_size=16)
 
@@ -141,6 +142,30 @@ def test_a_run_killed_after_a_block_continues_to_the_same_bytes(make_model, tmp_
     assert result.accounts == expected.accounts
 
 
+def test_experts_that_are_modules_are_solved_wherever_a_row_reaches_them(tmp_path):
+    data = rows(count=16)
+    reached = set()
+    original = tiny_switch(num_experts=8)
+    for name, module in original.named_modules():
+        if ".experts." in name and isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda *_, name=name: reached.add(name))
+    ids, mask = data.input_ids, data.attention_mask
+    for row in range(16):
+        real = ids[row : row + 1, mask[row].bool()]
+        original(input_ids=real, decoder_input_ids=real)
+    kept = FolderCheckpoints(tmp_path)
+    options = replace(OPTIONS, batch_rows=1)
+    whole = quantize_model(tiny_switch(num_experts=8), data, options, checkpoints=kept)
+    fell_back = {account.name for account in whole.accounts if account.fell_back}
+    assert reached
+    assert not fell_back & reached
+    for name in kept.names():
+        if name.startswith("block-decoder") and not name.endswith("-0000"):
+            kept.delete(name)
+    resumed = quantize_model(tiny_switch(num_experts=8), data, options, checkpoints=kept)
+    assert resumed.accounts == whole.accounts
+
+
 def test_checkpoints_of_other_work_are_refused(tmp_path):
     kept = FolderCheckpoints(tmp_path)
     quantize_model(tiny_llama(), rows(), OPTIONS, checkpoints=kept)
@@ -201,6 +226,18 @@ def test_a_nan_input_is_reported_by_layer():
         quantize_model(model, rows(), OPTIONS)
 
 
+def test_a_nan_input_of_a_row_that_is_held_out_is_reported_by_layer():
+    model, data = tiny_llama(), rows(count=8, padded=False)
+
+    class Overflow(torch.nn.Module):
+        def forward(self, inputs):
+            return inputs * (torch.inf if len(inputs) == 1 else 1)
+
+    model.model.layers[0].mlp.act_fn = Overflow()
+    with pytest.raises(NotFiniteError, match=r"model\.layers\.0\.mlp\.down_proj: its inputs"):
+        quantize_model(model, data, OPTIONS)
+
+
 def test_layers_that_no_row_reaches_are_rounded_and_counted(caplog):
     model = tiny_llama()
     # Nobody calls this one.
@@ -211,6 +248,17 @@ def test_layers_that_no_row_reaches_are_rounded_and_counted(caplog):
     assert account.method == "rtn"
     assert result.fallbacks == 1
     assert "1 of 15 layers" in caplog.text
+
+
+def test_rows_of_padding_alone_are_left_out():
+    data = rows(count=10)
+    data.attention_mask[[1, 7]] = 0
+    real = data.attention_mask.any(1)
+    fewer = SimpleNamespace(
+        input_ids=data.input_ids[real], attention_mask=data.attention_mask[real]
+    )
+    expected = quantize_model(tiny_llama(), fewer, OPTIONS)
+    assert quantize_model(tiny_llama(), data, OPTIONS).accounts == expected.accounts
 
 
 def test_no_rows_are_refused():
