@@ -7,11 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
-from stillroom.errors import CorruptedError, SourceError
+from stillroom.errors import CorruptedError, MismatchError, SourceError
 from stillroom.models import read_config
-from stillroom.quantization.packing import PARTS, CheckpointFormat, PackedWeight, unpack
+from stillroom.quantization.kernels.dequantization import PackedLinear, require_fit
+from stillroom.quantization.packing import PARTS, WORD, CheckpointFormat, PackedWeight, unpack
 from stillroom.quantization.weight import QuantizedWeight
 
 INDEX = "model.safetensors.index.json"
@@ -96,7 +98,8 @@ class QuantizedFolder:
         """Return the packed tensors of a layer, and its bits.
 
         Raises:
-            CorruptedError: one of its tensors is missing.
+            CorruptedError: one of its tensors is missing, or of another shape than the others say.
+            MismatchError: its words are not of 32 bits.
         """
         missing = [part for part in PARTS if f"{name}.{part}" not in self.files]
         if missing:
@@ -104,13 +107,24 @@ class QuantizedFolder:
                 f"{self.folder}: {name} lacks {', '.join(missing)}; write it again"
             )
         packed = PackedWeight(*(self.files[f"{name}.{part}"] for part in PARTS))
+        if packed.qweight.dtype != torch.int32:
+            raise MismatchError(
+                f"{self.folder}: expected words of int32, {name} has {packed.qweight.dtype}; write "
+                "it with pack_dtype int32"
+            )
         # Layers may differ in bits; the shapes say which: 32-bit words against columns.
-        return packed, packed.qweight.shape[0] * 32 // packed.g_idx.shape[0]
+        bits = packed.qweight.shape[0] * WORD // packed.g_idx.shape[0]
+        try:
+            require_fit(PackedLinear(packed, None, bits, self.checkpoint_format))
+        except CorruptedError as error:
+            raise CorruptedError(f"{self.folder}, {name}: {error}") from error
+        return packed, bits
 
     def weight(self, name: str) -> QuantizedWeight:
         """Return the integers, scales and zero points of a layer.
 
         Raises:
+            CorruptedError, MismatchError: as `packed`.
             MismatchError: its columns are reordered (desc_act of other quantizers).
         """
         packed, bits = self.packed(name)
