@@ -105,7 +105,7 @@ def load_export(target: Path, task: Task) -> PreTrainedModel:
     if section.get("quant_method") != "compressed-tensors":
         return load_model(target, task=task, dtype=torch.float32)
     try:
-        return load_pretrained(target, task=task, dtype=torch.float32)
+        return load_pretrained(target, task=task, dtype=torch.float32, new_head=False)
     except ImportError as error:
         raise SourceError(
             f"{target}: transformers needs the package compressed-tensors to load it; "
