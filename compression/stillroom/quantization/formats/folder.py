@@ -16,7 +16,7 @@ from stillroom.quantization.kernels.dequantization import PackedLinear, require_
 from stillroom.quantization.packing import PARTS, WORD, CheckpointFormat, PackedWeight, unpack
 from stillroom.quantization.weight import QuantizedWeight
 
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class TensorFiles(Mapping[str, Tensor]):
@@ -35,13 +35,14 @@ class TensorFiles(Mapping[str, Tensor]):
         """
         from safetensors import SafetensorError, safe_open
 
-        index = self.folder / INDEX
-        if index.exists():
-            listed = json.loads(index.read_text())["weight_map"]
-            return {name: self.folder / file for name, file in listed.items()}
+        # As transformers does: an index beside the whole is of shards that nobody reads.
+        pattern = WEIGHTS
+        if not (self.folder / WEIGHTS).exists():
+            if (self.folder / INDEX).exists():
+                return self._indexed()
+            pattern = "*model*.safetensors"  # auto-gptq: gptq_model-4bit-128g.safetensors
         places: dict[str, Path] = {}
-        # auto-gptq names its files after the settings: gptq_model-4bit-128g.safetensors.
-        for path in sorted(self.folder.glob("*model*.safetensors")):
+        for path in sorted(self.folder.glob(pattern)):
             try:
                 with safe_open(path, framework="pt") as file:
                     places |= dict.fromkeys(file.keys(), path)
@@ -50,6 +51,22 @@ class TensorFiles(Mapping[str, Tensor]):
         if not places:
             raise SourceError(f"{self.folder} holds no weights: expected model.safetensors")
         return places
+
+    def _indexed(self) -> dict[str, Path]:
+        index = self.folder / INDEX
+        try:
+            listed: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptedError(
+                f"{index} does not say which file holds which tensor ({error}); write it again"
+            ) from error
+        # Files elsewhere may be somebody else's.
+        outside = [file for file in listed.values() if file != Path(str(file)).name]
+        if outside:
+            raise CorruptedError(
+                f"{index} names {outside[0]}: expected files beside it; write it again"
+            )
+        return {name: self.folder / file for name, file in listed.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         """Return one tensor, read now."""

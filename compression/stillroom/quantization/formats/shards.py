@@ -12,10 +12,9 @@ from torch import Tensor
 from stillroom.errors import SourceError
 from stillroom.folder import WHOLE, filling
 from stillroom.memory import return_free_memory
-from stillroom.quantization.formats.folder import INDEX
+from stillroom.quantization.formats.folder import INDEX, WEIGHTS
 
 SHARD_BYTES = 32 * 2**20
-WEIGHTS = "model.safetensors"
 # What other quantizers write beside config.json; after a conversion it would contradict it.
 STALE = ("quantize_config.json", "quant_config.json", "quant_log.csv")
 # The old weights, in formats that can run code too, and the indices of their shards.

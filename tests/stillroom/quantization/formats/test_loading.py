@@ -1,3 +1,4 @@
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -143,3 +144,34 @@ def test_tensors_that_have_no_place_are_refused(
 ) -> None:
     with pytest.raises(CorruptedError, match=message):
         load(changed(whole, tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "does not say which file holds which tensor"),
+        ("{}", "does not say which file holds which tensor"),
+        ('{"weight_map": ["model.safetensors"]}', "does not say which file holds which tensor"),
+        ('{"weight_map": {"a": "../other/model.safetensors"}}', "expected files beside it"),
+    ],
+)
+def test_an_index_that_says_nothing_or_names_files_elsewhere_is_refused(
+    whole: Path, tmp_path: Path, index: str, message: str
+) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CorruptedError, match=message):
+        load_quantized(tmp_path)
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+def test_the_whole_model_is_read_where_others_lie_beside_it(
+    whole: Path, tmp_path: Path, load: Callable[[Path], object]
+) -> None:
+    """As transformers reads it: not an index of shards, and not an adapter."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"lora_A.weight": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    load(tmp_path)
