@@ -53,6 +53,27 @@ def test_llama_cpp_decodes_where_it_can(folder, installed):
     assert chosen(folder, device="cuda") == "torch"
 
 
+@pytest.mark.parametrize(("name", "value"), [("weights", "dense"), ("dtype", "bfloat16")])
+def test_what_only_torch_can_do_is_not_passed_over(folder, installed, caplog, name, value):
+    with caplog.at_level(logging.WARNING):
+        assert chosen(folder, **{name: value}) == "torch"
+    assert f"{name} is {value}, and an export has its own" in caplog.text
+    with pytest.raises(MismatchError, match=f"{name} is {value}"):
+        chosen(folder, engine="llama.cpp", **{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("weights", "Dense"), ("dtype", "int8")])
+def test_options_that_there_are_not_are_refused(folder, name, value):
+    with pytest.raises(RecipeError, match=f"expected {name} .*; {value} came"):
+        ServedModel(folder, CONTENTS, {name: value, "engine": "torch"})
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_new_tokens_are_refused(folder, count):
+    with pytest.raises(MismatchError, match=f"1 or more; {count} came"):
+        ServedModel(folder, CONTENTS, {"engine": "torch"}).predict(TEXTS, count)
+
+
 def test_torch_decodes_elsewhere(folder, tmp_path, absent, caplog):
     with caplog.at_level(logging.WARNING):
         assert chosen(tmp_path) == "torch"
