@@ -15,6 +15,23 @@ from stillroom.hardware import threads_here
 
 GGUF_FILE = "model.gguf"  # in a model's folder, beside its safetensors
 SMALLEST_CONTEXT = 512  # tokens
+FURTHER_RULES = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": None,
+}
+"""Settings of transformers that change a greedy choice, and what they are where they do not."""
 
 
 def has_llama_cpp() -> bool:
@@ -30,6 +47,13 @@ def read_stop_ids(folder: Path) -> frozenset[int]:
             if ids is not None:
                 return frozenset([ids] if isinstance(ids, int) else ids)
     return frozenset()
+
+
+def read_further_rules(folder: Path) -> list[str]:
+    """Return what generation_config.json sets that chooses others than the likeliest tokens."""
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text()) if file.exists() else {}
+    return [name for name, none in FURTHER_RULES.items() if settings.get(name) not in (None, none)]
 
 
 class LlamaCppModel:

@@ -124,9 +124,14 @@ class ServedModel:
 
     def _load_gguf(self, folder: Path) -> tuple[Any, Any]:
         from stillroom.models import load_config, load_tokenizer
+        from stillroom.quantization.formats.gguf_architectures import find_architecture
+        from stillroom.quantization.formats.gguf_hyperparameters import context_length
 
         self.stop_ids = read_stop_ids(folder)
-        self.context = getattr(load_config(folder), "max_position_embeddings", None)
+        config = load_config(folder)
+        self.context = None
+        if getattr(config, "max_position_embeddings", None):
+            self.context = context_length(find_architecture(config), config)
         return LlamaCppModel(folder / GGUF_FILE), load_tokenizer(folder)
 
     def _load_adapted(self, adapter: Path) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from stillroom.contents import Contents
 from stillroom.errors import MismatchError, RecipeError
-from stillroom.llama_engine import GGUF_FILE, has_llama_cpp
+from stillroom.llama_engine import GGUF_FILE, has_llama_cpp, read_further_rules
 
 DEFAULT_CONFIG: dict[str, Any] = {
     "weights": "auto",
@@ -76,18 +76,20 @@ def _obstacle(config: Mapping[str, Any], folder: Path, contents: Contents) -> st
         return "this version is an adapter"
     if not (folder / GGUF_FILE).exists():
         return f"this version holds no {GGUF_FILE}: register one made with quantization.gguf: true"
-    if wish := _wish(config):
+    if wish := _wish(config, folder):
         return wish
     if not has_llama_cpp():
         return "llama-cpp-python is not installed: pip install llama-cpp-python"
     return None
 
 
-def _wish(config: Mapping[str, Any]) -> str | None:
-    """Return what `config` asks for that an export does not do."""
+def _wish(config: Mapping[str, Any], folder: Path) -> str | None:
+    """Return what `config` or the model asks for that an export does not do."""
     if config["device"] != "cpu":
         return f"device is {config['device']}, and exports are run on the CPU"
     for name in ("weights", "dtype"):
         if config[name] != DEFAULT_CONFIG[name]:
             return f"{name} is {config[name]}, and an export has its own"
+    if rules := read_further_rules(folder):
+        return f"generation_config.json sets {', '.join(rules)}, which only torch follows here"
     return None

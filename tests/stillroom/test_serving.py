@@ -62,6 +62,19 @@ def test_what_only_torch_can_do_is_not_passed_over(folder, installed, caplog, na
         chosen(folder, engine="llama.cpp", **{name: value})
 
 
+def test_torch_decodes_by_rules_that_the_export_has_not(folder, tmp_path, installed, caplog):
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    file = copied / "generation_config.json"
+    plain = json.loads(file.read_text()) | {"repetition_penalty": 1.0, "min_length": None}
+    file.write_text(json.dumps(plain))
+    assert chosen(copied) == "llama.cpp"
+    greedy = ServedModel(copied, CONTENTS, {"engine": "torch"}).predict(TEXTS, 16)
+    file.write_text(json.dumps(plain | {"repetition_penalty": 1.8}))
+    assert not ServedModel(copied, CONTENTS, {"engine": "torch"}).predict(TEXTS, 16).equals(greedy)
+    assert chosen(copied) == "torch"
+    assert "sets repetition_penalty, which only torch follows" in caplog.text
+
+
 @pytest.mark.parametrize(("name", "value"), [("weights", "Dense"), ("dtype", "int8")])
 def test_options_that_there_are_not_are_refused(folder, name, value):
     with pytest.raises(RecipeError, match=f"expected {name} .*; {value} came"):
