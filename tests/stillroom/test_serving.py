@@ -3,7 +3,12 @@ import logging
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -149,6 +154,46 @@ def test_both_engines_answer_the_same(folder):
         answers[engine] = served.predict(TEXTS, max_new_tokens=8)
     assert answers["torch"].equals(answers["llama.cpp"])
     assert all(answers["torch"]["generated"])
+
+
+class OneText:
+    """Stands in for llama_cpp.Llama, which holds one text: the next token is its tokens' sum."""
+
+    ctx = None
+
+    def __init__(self, *_, n_ctx, **__):
+        self.size, self.text = n_ctx, []
+
+    def n_ctx(self):
+        return self.size
+
+    def n_vocab(self):
+        return 97
+
+    def reset(self):
+        self.text = []
+
+    def eval(self, ids):
+        for i in ids:
+            self.text.append(i)
+            time.sleep(0)  # another thread's turn
+
+    def close(self):
+        pass
+
+
+def test_texts_of_several_threads_do_not_mix(monkeypatch, tmp_path):
+    """MLflow's server predicts in a thread for each question."""
+    module = ModuleType("llama_cpp")
+    module.Llama, module.__spec__ = OneText, ModuleSpec("llama_cpp", None)
+    monkeypatch.setitem(sys.modules, "llama_cpp", module)
+    model = LlamaCppModel(tmp_path / GGUF_FILE, 1)
+    monkeypatch.setattr(model, "_last_logits", lambda: np.eye(97)[sum(model._llama.text) % 97])
+    prompts = [[1, 2, 3], [5] * 40, [7, 8], [9] * 11]
+    alone = [model.continue_greedily(ids, 20, ()) for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        together = pool.map(lambda ids: model.continue_greedily(ids, 20, ()), prompts * 5)
+        assert list(together) == alone * 5
 
 
 @llama_cpp
