@@ -152,7 +152,7 @@ def open_quantized(folder: Path) -> QuantizedFolder:
     """Return the GPTQ checkpoint in `folder`.
 
     Raises:
-        SourceError: the folder holds none.
+        SourceError: the folder holds none, or one of rotated weights.
     """
     config = read_config(folder)
     section = config.get("quantization_config", {})
@@ -162,5 +162,10 @@ def open_quantized(folder: Path) -> QuantizedFolder:
         raise SourceError(
             f"{folder}: expected a GPTQ checkpoint of format {' or '.join(known)}, got "
             f"{section.get('quant_method')} of format {checkpoint_format}; requantize the model"
+        )
+    if rotation := section.get("rotation"):
+        raise SourceError(
+            f"{folder}: its weights are rotated ({rotation}), so that activations have to be while "
+            "it runs, which only gptqmodel does; quantize the model again without rotation"
         )
     return QuantizedFolder(folder, config, checkpoint_format, TensorFiles(folder))

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stillroom.errors import CorruptedError, MismatchError
+from stillroom.errors import CorruptedError, MismatchError, SourceError
+from stillroom.models import read_config
 from stillroom.quantization.allocation import LayerChoice, layer_options
 from stillroom.quantization.formats.export import save_quantized
 from stillroom.quantization.formats.loading import load_quantized
@@ -175,3 +176,16 @@ def test_the_whole_model_is_read_where_others_lie_beside_it(
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file({"lora_A.weight": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     load(tmp_path)
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+def test_weights_that_gptqmodel_rotated_are_refused(
+    whole: Path, tmp_path: Path, load: Callable[[Path], object]
+) -> None:
+    """Its config alone says that what goes into down_proj is to be rotated as well."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    config = read_config(tmp_path)
+    config["quantization_config"]["rotation"] = "hadamard"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match=r"rotated \(hadamard\)"):
+        load(tmp_path)
