@@ -199,6 +199,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise SourceError(f"{folder}/config.json cannot be read: {error}") from error
+    if config.get("quantization_config") is None:
+        config.pop("quantization_config", None)  # null is none, as transformers reads it
     return config
 
 

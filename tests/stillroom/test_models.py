@@ -1,3 +1,4 @@
+import json
 from functools import partial
 from pathlib import Path
 
@@ -71,6 +72,14 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(SourceError, match="cannot be read"):
         read_config(tmp_path)
+
+
+def test_a_quantization_of_null_is_none(tmp_path: Path) -> None:
+    save_model(tiny_llama(), tiny_tokenizer(), tmp_path)
+    config = read_config(tmp_path) | {"quantization_config": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "quantization_config" not in read_config(tmp_path)
+    assert load_model(tmp_path).config.model_type == "llama"
 
 
 def test_weights_that_can_run_code_are_refused(tmp_path: Path) -> None:
