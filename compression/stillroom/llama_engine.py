@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import threading
 import weakref
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -15,6 +16,23 @@ from stillroom.hardware import threads_here
 
 GGUF_FILE = "model.gguf"  # in a model's folder, beside its safetensors
 SMALLEST_CONTEXT = 512  # tokens
+FURTHER_RULES = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": None,
+}
+"""Settings of transformers that change a greedy choice, and what they are where they do not."""
 
 
 def has_llama_cpp() -> bool:
@@ -32,8 +50,19 @@ def read_stop_ids(folder: Path) -> frozenset[int]:
     return frozenset()
 
 
+def read_further_rules(folder: Path) -> list[str]:
+    """Return what generation_config.json sets that chooses others than the likeliest tokens."""
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text()) if file.exists() else {}
+    return [name for name, none in FURTHER_RULES.items() if settings.get(name) not in (None, none)]
+
+
 class LlamaCppModel:
-    """A causal LM in a GGUF file. It takes and gives token ids: text is the tokenizer's part."""
+    """A causal LM in a GGUF file. It takes and gives token ids: text is the tokenizer's part.
+
+    Several Python threads may call it at once, as MLflow's server does: one text comes after the
+    other, because llama.cpp keeps what was read so far in one place.
+    """
 
     def __init__(self, file: Path, threads: int | None = None) -> None:
         """Open the file, with as many threads as there are cores unless `threads` says how many.
@@ -50,13 +79,15 @@ class LlamaCppModel:
         self.file = file
         self.threads = threads or threads_here()
         self._close: Any = None
+        self._one_at_a_time = threading.Lock()
         self._open(SMALLEST_CONTEXT, every=False)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Return the logits after each token, (tokens, vocab)."""
-        self._begin(len(ids), every=True)
-        self._llama.eval(list(ids))
-        return np.array(self._llama.scores[: len(ids)])
+        with self._one_at_a_time:
+            self._begin(len(ids), every=True)
+            self._llama.eval(list(ids))
+            return np.array(self._llama.scores[: len(ids)])
 
     def continue_greedily(
         self, ids: Sequence[int], max_new_tokens: int, stop_ids: Collection[int]
@@ -68,16 +99,17 @@ class LlamaCppModel:
             max_new_tokens: most tokens to add.
             stop_ids: tokens that end the text.
         """
-        self._begin(len(ids) + max_new_tokens, every=False)
         fresh: list[int] = []
         step = list(ids)
-        for _ in range(max_new_tokens):
-            self._llama.eval(step)
-            best = int(self._last_logits().argmax())
-            if best in stop_ids:
-                break
-            fresh.append(best)
-            step = [best]
+        with self._one_at_a_time:
+            self._begin(len(ids) + max_new_tokens, every=False)
+            for _ in range(max_new_tokens):
+                self._llama.eval(step)
+                best = int(self._last_logits().argmax())
+                if best in stop_ids:
+                    break
+                fresh.append(best)
+                step = [best]
         return fresh
 
     def _last_logits(self) -> NDArray[np.float32]:

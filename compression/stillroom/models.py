@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from stillroom.completeness import require_whole
 from stillroom.errors import SourceError
 from stillroom.layout import Layout
 from stillroom.remote_code import code_is_trusted, has_own_code, require_trust, untrusted
@@ -63,9 +64,9 @@ def load_model(
     "dense" unpacks all of it once. A model that one device cannot hold is laid out over several.
 
     Raises:
-        SourceError: the folder holds no model, only files that are not safetensors, or for
-            masked_lm a model without a head that names words; or a GPTQ checkpoint is to be laid
-            out.
+        SourceError: the folder holds no model, only a part of one, only files that are not
+            safetensors, or for masked_lm a model without a head that names words; or a GPTQ
+            checkpoint is to be laid out.
     """
     config = read_config(folder)
     if task == "masked_lm":
@@ -77,7 +78,9 @@ def load_model(
         from stillroom.quantization.formats.loading import load_quantized
 
         return load_quantized(folder, task=task, dtype=dtype, weights=weights)
-    return load_pretrained(folder, task=task, dtype=dtype, laid_out=laid_out)
+    # A classifier's head may come from an adapter.
+    own = task == "sequence_classification"
+    return load_pretrained(folder, task=task, dtype=dtype, laid_out=laid_out, new_head=own)
 
 
 def load_pretrained(
@@ -87,13 +90,15 @@ def load_pretrained(
     dtype: torch.dtype = torch.float32,
     label_names: tuple[str, ...] = (),
     laid_out: Layout | None = None,
+    new_head: bool = True,
 ) -> "PreTrainedModel":
     """Return the full-precision model in `folder`, with a new head where `label_names` ask for one.
 
-    A head for another number of classes is not kept.
+    A head for another number of classes is not kept. One that it lacks is drawn, for training,
+    unless `new_head` says no.
 
     Raises:
-        SourceError: transformers cannot load it.
+        SourceError: transformers cannot load it, or its files lack a part of it.
     """
     further: dict[str, Any] = {}
     if label_names:
@@ -106,13 +111,15 @@ def load_pretrained(
     if laid_out is not None:
         further |= {"device_map": laid_out.device_map, "offload_folder": str(laid_out.offloaded)}
     with _loading(folder, f"cannot be loaded as {task}"):
-        model = model_class(task).from_pretrained(
+        model, found = model_class(task).from_pretrained(
             str(folder),
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=code_is_trusted(),
+            output_loading_info=True,
             **further,
         )
+        require_whole(model, found, folder, new_head=new_head)
         if task == "sequence_classification":
             _tell_padding(model, Path(folder))
     return model.eval()  # type: ignore[no-any-return]
@@ -192,6 +199,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise SourceError(f"{folder}/config.json cannot be read: {error}") from error
+    if config.get("quantization_config") is None:
+        config.pop("quantization_config", None)  # null is none, as transformers reads it
     return config
 
 

@@ -38,8 +38,8 @@ def as_pyfunc() -> Any:
     `model_config` of `mlflow.pyfunc.load_model` may set `weights` (of a quantized model: "packed"
     keeps its integers in memory, "dense" unpacks them once, "auto" takes what decodes faster on the
     device), `dtype` and `device`, `engine`: "auto" takes "llama.cpp" where the version holds a GGUF
-    export that it can run, else "torch", and `trust_remote_code`, for a version that brings Python
-    code along, which you have read.
+    export that it can run and these leave it to it, else "torch", and `trust_remote_code`, for a
+    version that brings Python code along, which you have read.
     """
     from pandas import DataFrame
 
@@ -125,9 +125,14 @@ class ServedModel:
 
     def _load_gguf(self, folder: Path) -> tuple[Any, Any]:
         from stillroom.models import load_config, load_tokenizer
+        from stillroom.quantization.formats.gguf_architectures import find_architecture
+        from stillroom.quantization.formats.gguf_hyperparameters import context_length
 
         self.stop_ids = read_stop_ids(folder)
-        self.context = getattr(load_config(folder), "max_position_embeddings", None)
+        config = load_config(folder)
+        self.context = None
+        if getattr(config, "max_position_embeddings", None):
+            self.context = context_length(find_architecture(config), config)
         return LlamaCppModel(folder / GGUF_FILE), load_tokenizer(folder)
 
     def _load_adapted(self, adapter: Path) -> tuple[Any, Any]:
@@ -169,6 +174,8 @@ class ServedModel:
 
         A token that begins every text stays. The last new token is never read.
         """
+        if max_new_tokens < 1:
+            raise MismatchError(f"expected max_new_tokens of 1 or more; {max_new_tokens} came")
         limit = self._context()
         if limit is None or len(ids) + max_new_tokens - 1 <= limit:
             return ids

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stillroom.blocks import LinearWeight, find_stacks, weight_at
+from stillroom.blocks import LinearWeight, find_stacks
 from stillroom.errors import CorruptedError
 from stillroom.models import Task, load_config, new_model, quiet, read_config, saved_dtype
 from stillroom.quantization.formats.experts import Parts, plain_experts
 from stillroom.quantization.formats.folder import QuantizedFolder, TensorFiles, open_quantized
+from stillroom.quantization.formats.places import fill, place_of
 
 
 class Blocks(Protocol):
@@ -60,7 +61,7 @@ class OnDisk:
         """Read the tensors of one block.
 
         Raises:
-            CorruptedError: the files lack one.
+            CorruptedError: the files lack one, or hold one of another shape.
         """
         self._read(lambda name: name.startswith(f"{prefix}."))
 
@@ -75,7 +76,7 @@ class OnDisk:
         """Read everything but the blocks.
 
         Raises:
-            CorruptedError: the files lack a tensor.
+            CorruptedError: the files lack a tensor, or hold one of another shape.
         """
         inside = tuple(f"{prefix}." for prefix in stacks)
         self._read(lambda name: not name.startswith(inside))
@@ -97,11 +98,12 @@ class OnDisk:
             for name, parameter in self.model.named_parameters()
             if parameter.is_meta and wanted(name)
         ]
-        missing = {*empty, *parts.lacking} - {name for name, _ in plain}
+        # What is still empty although it came is of another shape.
+        missing = {*empty, *({*parts.lacking} - {name for name, _ in plain})}
         if missing:
             raise CorruptedError(
                 f"{self.files.folder}: the tensors do not fit config.json; missing "
-                f"{sorted(missing)[:3]}; write the checkpoint again"
+                f"{sorted(missing)[:3]}, or of another shape; write the checkpoint again"
             )
 
     def _sources(self) -> list[tuple[str, str]]:
@@ -140,12 +142,12 @@ class OnDisk:
 
     def _place(self, name: str, values: Tensor) -> LinearWeight:
         """Put the weight of a layer, (out, in), where the model has its own; return where."""
-        weight = weight_at(self.model, name)
+        weight = place_of(self.model, name, self.files.folder)
         if weight.stored.is_meta:
             whole = getattr(weight.module, weight.parameter)
             empty = nn.Parameter(torch.empty_like(whole, device=self.device), False)
             setattr(weight.module, weight.parameter, empty)
-        weight.write(values)
+        fill(weight.read(), values, name, self.files.folder)
         return weight
 
 

@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM
 
 import stillroom.quantization.formats.convert as convert
 from stillroom.cli import main
-from stillroom.errors import SourceError
+from stillroom.errors import SourceError, StoreError
 from stillroom.quantization.formats.folder import open_quantized
 from tests.stillroom.quantization.formats.test_convert import saved
 from tests.stillroom.quantization.test_sequential import logits, rows
@@ -93,11 +93,20 @@ def test_an_unknown_format_is_refused(tmp_path):
 
 def test_a_gguf_is_a_file(tmp_path, monkeypatch):
     gguf_export = pytest.importorskip("stillroom.quantization.formats.gguf_export")
-    written = []
-    monkeypatch.setattr(gguf_export, "export_gguf", lambda _, target: written.append(target))
-    convert.export_folder(tmp_path, tmp_path / "new", "gguf")
-    convert.export_folder(tmp_path, tmp_path / "small.gguf", "gguf")
-    assert written == [tmp_path / "new" / "model.gguf", tmp_path / "small.gguf"]
+    monkeypatch.setattr(gguf_export, "export_gguf", lambda _, target: target.write_text("new"))
+    for target, file in (("new", "new/model.gguf"), ("small.gguf", "small.gguf")):
+        assert convert.export_folder(tmp_path, tmp_path / target, "gguf") == tmp_path / file
+        assert (tmp_path / file).read_text() == "new"
+
+
+def test_a_gguf_does_not_take_the_place_of_another_in_a_folder(tmp_path, monkeypatch):
+    gguf_export = pytest.importorskip("stillroom.quantization.formats.gguf_export")
+    monkeypatch.setattr(gguf_export, "export_gguf", lambda _, target: target.write_text("new"))
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "model.gguf").write_text("old")
+    with pytest.raises(StoreError, match=r"it holds model\.gguf"):
+        convert.export_folder(tmp_path, tmp_path / "held", "gguf")
+    assert (tmp_path / "held" / "model.gguf").read_text() == "old"
 
 
 def test_a_defect_is_all_that_is_known_without_secrets(monkeypatch, capsys):

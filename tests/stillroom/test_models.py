@@ -1,7 +1,10 @@
+import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from stillroom.builtin import BUILTIN_MODELS, builtin_model, import_builtin
 from stillroom.errors import SourceError
@@ -13,7 +16,12 @@ from stillroom.models import (
     save_model,
     tokenizer_hash,
 )
-from tests.stillroom.tiny import tiny_bert_classifier, tiny_llama, tiny_tokenizer
+from tests.stillroom.tiny import (
+    tiny_bert_classifier,
+    tiny_bert_masked,
+    tiny_llama,
+    tiny_tokenizer,
+)
 
 
 def test_what_is_saved_loads_as_the_same_model(tmp_path: Path) -> None:
@@ -66,10 +74,60 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
+def test_a_quantization_of_null_is_none(tmp_path: Path) -> None:
+    save_model(tiny_llama(), tiny_tokenizer(), tmp_path)
+    config = read_config(tmp_path) | {"quantization_config": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "quantization_config" not in read_config(tmp_path)
+    assert load_model(tmp_path).config.model_type == "llama"
+
+
 def test_weights_that_can_run_code_are_refused(tmp_path: Path) -> None:
     save_model(tiny_llama(), tiny_tokenizer(), tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(SourceError, match="cannot be loaded"):
+        load_model(tmp_path)
+
+
+def without(name: str, folder: Path) -> None:
+    """Take a tensor out of a saved model."""
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_model_that_would_be_completed_at_random_is_refused(tmp_path: Path) -> None:
+    save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "llama")
+    without("model.layers.1.mlp.up_proj.weight", tmp_path / "llama")
+    for load in (load_model, partial(load_pretrained, task="causal_lm")):
+        with pytest.raises(SourceError, match=r"lack 1 of .* model.layers.1.mlp.up_proj.weight"):
+            load(tmp_path / "llama")
+    save_model(tiny_bert_masked(), tiny_tokenizer(), tmp_path / "bert")
+    without("cls.predictions.transform.dense.weight", tmp_path / "bert")
+    with pytest.raises(SourceError, match=r"cls.predictions.* save the whole model"):
+        load_model(tmp_path / "bert", task="masked_lm")
+
+
+def test_only_a_head_may_be_new(tmp_path: Path) -> None:
+    save_model(tiny_bert_masked(), tiny_tokenizer(), tmp_path / "bert")
+    save_model(tiny_bert_masked().bert, tiny_tokenizer(), tmp_path / "bare")
+    save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "llama")
+    for name in ("bert", "bare", "llama"):
+        labels = ("x", "y", "z")
+        load_pretrained(tmp_path / name, task="sequence_classification", label_names=labels)
+    load_pretrained(tmp_path / "bare", task="masked_lm")
+    without("bert.encoder.layer.0.output.dense.weight", tmp_path / "bert")
+    with pytest.raises(SourceError, match=r"lack 1 of .* bert.encoder.layer.0.output.dense"):
+        load_model(tmp_path / "bert", task="sequence_classification")
+
+
+def test_packed_weights_need_their_section_of_the_config(tmp_path: Path) -> None:
+    """Older auto-gptq says how in a file of its own; all of the model was random."""
+    save_model(tiny_llama(), tiny_tokenizer(), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    packed = {name.replace("proj.weight", "proj.qweight"): each for name, each in tensors.items()}
+    save_file(packed, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match=r"packed: config.json has to say how"):
         load_model(tmp_path)
 
 

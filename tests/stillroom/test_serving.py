@@ -3,7 +3,12 @@ import logging
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,6 +56,40 @@ def test_llama_cpp_decodes_where_it_can(folder, installed):
     assert chosen(folder, engine="llama.cpp") == "llama.cpp"
     assert chosen(folder, engine="torch") == "torch"
     assert chosen(folder, device="cuda") == "torch"
+
+
+@pytest.mark.parametrize(("name", "value"), [("weights", "dense"), ("dtype", "bfloat16")])
+def test_what_only_torch_can_do_is_not_passed_over(folder, installed, caplog, name, value):
+    with caplog.at_level(logging.WARNING):
+        assert chosen(folder, **{name: value}) == "torch"
+    assert f"{name} is {value}, and an export has its own" in caplog.text
+    with pytest.raises(MismatchError, match=f"{name} is {value}"):
+        chosen(folder, engine="llama.cpp", **{name: value})
+
+
+def test_torch_decodes_by_rules_that_the_export_has_not(folder, tmp_path, installed, caplog):
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    file = copied / "generation_config.json"
+    plain = json.loads(file.read_text()) | {"repetition_penalty": 1.0, "min_length": None}
+    file.write_text(json.dumps(plain))
+    assert chosen(copied) == "llama.cpp"
+    greedy = ServedModel(copied, CONTENTS, {"engine": "torch"}).predict(TEXTS, 16)
+    file.write_text(json.dumps(plain | {"repetition_penalty": 1.8}))
+    assert not ServedModel(copied, CONTENTS, {"engine": "torch"}).predict(TEXTS, 16).equals(greedy)
+    assert chosen(copied) == "torch"
+    assert "sets repetition_penalty, which only torch follows" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "value"), [("weights", "Dense"), ("dtype", "int8")])
+def test_options_that_there_are_not_are_refused(folder, name, value):
+    with pytest.raises(RecipeError, match=f"expected {name} .*; {value} came"):
+        ServedModel(folder, CONTENTS, {name: value, "engine": "torch"})
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_new_tokens_are_refused(folder, count):
+    with pytest.raises(MismatchError, match=f"1 or more; {count} came"):
+        ServedModel(folder, CONTENTS, {"engine": "torch"}).predict(TEXTS, count)
 
 
 def test_torch_decodes_elsewhere(folder, tmp_path, absent, caplog):
@@ -115,6 +154,46 @@ def test_both_engines_answer_the_same(folder):
         answers[engine] = served.predict(TEXTS, max_new_tokens=8)
     assert answers["torch"].equals(answers["llama.cpp"])
     assert all(answers["torch"]["generated"])
+
+
+class OneText:
+    """Stands in for llama_cpp.Llama, which holds one text: the next token is its tokens' sum."""
+
+    ctx = None
+
+    def __init__(self, *_, n_ctx, **__):
+        self.size, self.text = n_ctx, []
+
+    def n_ctx(self):
+        return self.size
+
+    def n_vocab(self):
+        return 97
+
+    def reset(self):
+        self.text = []
+
+    def eval(self, ids):
+        for i in ids:
+            self.text.append(i)
+            time.sleep(0)  # another thread's turn
+
+    def close(self):
+        pass
+
+
+def test_texts_of_several_threads_do_not_mix(monkeypatch, tmp_path):
+    """MLflow's server predicts in a thread for each question."""
+    module = ModuleType("llama_cpp")
+    module.Llama, module.__spec__ = OneText, ModuleSpec("llama_cpp", None)
+    monkeypatch.setitem(sys.modules, "llama_cpp", module)
+    model = LlamaCppModel(tmp_path / GGUF_FILE, 1)
+    monkeypatch.setattr(model, "_last_logits", lambda: np.eye(97)[sum(model._llama.text) % 97])
+    prompts = [[1, 2, 3], [5] * 40, [7, 8], [9] * 11]
+    alone = [model.continue_greedily(ids, 20, ()) for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        together = pool.map(lambda ids: model.continue_greedily(ids, 20, ()), prompts * 5)
+        assert list(together) == alone * 5
 
 
 @llama_cpp

@@ -18,6 +18,7 @@ from stillroom.errors import MismatchError
 from stillroom.llama_engine import GGUF_FILE
 from stillroom.models import save_model
 from stillroom.serving import ServedModel
+from tests.stillroom.quantization.formats.gguf_models import tiny_model
 from tests.stillroom.tiny import (
     seeded,
     tiny_bert_classifier,
@@ -134,7 +135,9 @@ def test_the_token_that_begins_every_text_stays(tmp_path, monkeypatch):
         model.predict(["a"], max_new_tokens=64)
 
 
-def test_llama_cpp_reads_no_more_than_the_model_was_trained_with(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["gpt2", "windowed mistral"])
+def test_llama_cpp_reads_no_more_than_it_computes_as_trained(tmp_path, monkeypatch, kind):
+    """Of a Mistral it computes no window: past the first, a token would see more than it should."""
     read = []
 
     class Recorder:
@@ -147,7 +150,8 @@ def test_llama_cpp_reads_no_more_than_the_model_was_trained_with(tmp_path, monke
 
     monkeypatch.setattr(stillroom.serving, "LlamaCppModel", Recorder)
     monkeypatch.setattr(stillroom.serving, "choose_engine", lambda *_: "llama.cpp")
-    model = continuing(tiny_gpt2(), tmp_path)
+    windowed = tiny_model("mistral", sliding_window=64, vocab_size=64)
+    model = continuing(tiny_gpt2() if kind == "gpt2" else windowed, tmp_path)
     model.predict([LETTERS, "abc"], max_new_tokens=4)
     assert read == [61, 3]
     with pytest.raises(MismatchError, match="at most 64 new tokens, 65 came"):

@@ -29,6 +29,11 @@ class PackedWeight:
     scales: Tensor  # (groups, out) float16
     g_idx: Tensor  # (in,) int32: the group of each column
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The layer's (out, in)."""
+        return self.scales.shape[1], self.g_idx.shape[0]
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by their names in a checkpoint."""
         return {part: getattr(self, part) for part in PARTS}

@@ -37,6 +37,7 @@ def export_auto_gptq(folder: Path, target: Path, *, shard_bytes: int = SHARD_BYT
     """
     source = open_quantized(folder)
     section = source.config["quantization_config"] | {"checkpoint_format": "gptq"}
+    section.pop("format", None)  # the same under gptqmodel's newer name
     places = find_places(source)
     _refuse_fused(places.fused)
     _require_whole_blocks(source, places.in_blocks)

@@ -169,8 +169,9 @@ def _scheme(packed: PackedWeight, bits: int, source: QuantizedFolder, name: str)
     columns, groups = packed.g_idx.shape[0], packed.scales.shape[0]
     if not has_plain_groups(packed.g_idx, groups):
         raise MismatchError(
-            f"compressed-tensors needs groups of neighbouring columns: {name} was written with "
-            f"desc_act and has its columns reordered; quantize it with static groups"
+            f"compressed-tensors needs groups of neighbouring columns, all of one size: those of "
+            f"{name} are not, as with desc_act or a group_size that does not divide its {columns} "
+            f"columns; quantize it with static groups, and a group_size that does"
         )
     if WORD % bits:
         raise MismatchError(

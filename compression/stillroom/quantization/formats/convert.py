@@ -11,6 +11,8 @@ from stillroom.errors import MismatchError, SourceError
 from stillroom.evaluation.figures import ReloadCheck
 from stillroom.evaluation.quality import predict
 from stillroom.evaluation.reload import measure_reload
+from stillroom.folder import WHOLE, filling
+from stillroom.llama_engine import GGUF_FILE
 from stillroom.models import Task, load_model, load_pretrained, read_config
 
 ExportFormat = Literal["gptq", "gptq_v2", "auto-gptq", "compressed-tensors", "gguf"]
@@ -44,8 +46,13 @@ def export_folder(folder: Path, target: Path, export_format: ExportFormat) -> Pa
         case "gguf":
             from stillroom.quantization.formats.gguf_export import export_gguf
 
-            target = target if target.suffix == ".gguf" else target / "model.gguf"
-            export_gguf(folder, target)
+            if target.suffix == ".gguf":
+                export_gguf(folder, target)
+                return target
+            with filling(target) as scratch:
+                (scratch / WHOLE).mkdir()
+                export_gguf(folder, scratch / WHOLE / GGUF_FILE)
+            return target / GGUF_FILE
     return target
 
 
@@ -105,7 +112,7 @@ def load_export(target: Path, task: Task) -> PreTrainedModel:
     if section.get("quant_method") != "compressed-tensors":
         return load_model(target, task=task, dtype=torch.float32)
     try:
-        return load_pretrained(target, task=task, dtype=torch.float32)
+        return load_pretrained(target, task=task, dtype=torch.float32, new_head=False)
     except ImportError as error:
         raise SourceError(
             f"{target}: transformers needs the package compressed-tensors to load it; "

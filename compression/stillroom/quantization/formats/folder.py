@@ -7,14 +7,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
-from stillroom.errors import CorruptedError, SourceError
+from stillroom.errors import CorruptedError, MismatchError, SourceError
 from stillroom.models import read_config
-from stillroom.quantization.packing import PARTS, CheckpointFormat, PackedWeight, unpack
+from stillroom.quantization.kernels.dequantization import PackedLinear, require_fit
+from stillroom.quantization.packing import PARTS, WORD, CheckpointFormat, PackedWeight, unpack
 from stillroom.quantization.weight import QuantizedWeight
 
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class TensorFiles(Mapping[str, Tensor]):
@@ -33,13 +35,14 @@ class TensorFiles(Mapping[str, Tensor]):
         """
         from safetensors import SafetensorError, safe_open
 
-        index = self.folder / INDEX
-        if index.exists():
-            listed = json.loads(index.read_text())["weight_map"]
-            return {name: self.folder / file for name, file in listed.items()}
+        # As transformers does: an index beside the whole is of shards that nobody reads.
+        pattern = WEIGHTS
+        if not (self.folder / WEIGHTS).exists():
+            if (self.folder / INDEX).exists():
+                return self._indexed()
+            pattern = "*model*.safetensors"  # auto-gptq: gptq_model-4bit-128g.safetensors
         places: dict[str, Path] = {}
-        # auto-gptq names its files after the settings: gptq_model-4bit-128g.safetensors.
-        for path in sorted(self.folder.glob("*model*.safetensors")):
+        for path in sorted(self.folder.glob(pattern)):
             try:
                 with safe_open(path, framework="pt") as file:
                     places |= dict.fromkeys(file.keys(), path)
@@ -48,6 +51,22 @@ class TensorFiles(Mapping[str, Tensor]):
         if not places:
             raise SourceError(f"{self.folder} holds no weights: expected model.safetensors")
         return places
+
+    def _indexed(self) -> dict[str, Path]:
+        index = self.folder / INDEX
+        try:
+            listed: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptedError(
+                f"{index} does not say which file holds which tensor ({error}); write it again"
+            ) from error
+        # Files elsewhere may be somebody else's.
+        outside = [file for file in listed.values() if file != Path(str(file)).name]
+        if outside:
+            raise CorruptedError(
+                f"{index} names {outside[0]}: expected files beside it; write it again"
+            )
+        return {name: self.folder / file for name, file in listed.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         """Return one tensor, read now."""
@@ -96,7 +115,8 @@ class QuantizedFolder:
         """Return the packed tensors of a layer, and its bits.
 
         Raises:
-            CorruptedError: one of its tensors is missing.
+            CorruptedError: one of its tensors is missing, or of another shape than the others say.
+            MismatchError: its words are not of 32 bits.
         """
         missing = [part for part in PARTS if f"{name}.{part}" not in self.files]
         if missing:
@@ -104,13 +124,24 @@ class QuantizedFolder:
                 f"{self.folder}: {name} lacks {', '.join(missing)}; write it again"
             )
         packed = PackedWeight(*(self.files[f"{name}.{part}"] for part in PARTS))
+        if packed.qweight.dtype != torch.int32:
+            raise MismatchError(
+                f"{self.folder}: expected words of int32, {name} has {packed.qweight.dtype}; write "
+                "it with pack_dtype int32"
+            )
         # Layers may differ in bits; the shapes say which: 32-bit words against columns.
-        return packed, packed.qweight.shape[0] * 32 // packed.g_idx.shape[0]
+        bits = packed.qweight.shape[0] * WORD // packed.g_idx.shape[0]
+        try:
+            require_fit(PackedLinear(packed, None, bits, self.checkpoint_format))
+        except CorruptedError as error:
+            raise CorruptedError(f"{self.folder}, {name}: {error}") from error
+        return packed, bits
 
     def weight(self, name: str) -> QuantizedWeight:
         """Return the integers, scales and zero points of a layer.
 
         Raises:
+            CorruptedError, MismatchError: as `packed`.
             MismatchError: its columns are reordered (desc_act of other quantizers).
         """
         packed, bits = self.packed(name)
@@ -121,7 +152,7 @@ def open_quantized(folder: Path) -> QuantizedFolder:
     """Return the GPTQ checkpoint in `folder`.
 
     Raises:
-        SourceError: the folder holds none.
+        SourceError: the folder holds none, or one of rotated weights.
     """
     config = read_config(folder)
     section = config.get("quantization_config", {})
@@ -131,5 +162,10 @@ def open_quantized(folder: Path) -> QuantizedFolder:
         raise SourceError(
             f"{folder}: expected a GPTQ checkpoint of format {' or '.join(known)}, got "
             f"{section.get('quant_method')} of format {checkpoint_format}; requantize the model"
+        )
+    if rotation := section.get("rotation"):
+        raise SourceError(
+            f"{folder}: its weights are rotated ({rotation}), so that activations have to be while "
+            "it runs, which only gptqmodel does; quantize the model again without rotation"
         )
     return QuantizedFolder(folder, config, checkpoint_format, TensorFiles(folder))

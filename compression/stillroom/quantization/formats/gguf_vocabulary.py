@@ -24,6 +24,7 @@ PRE_TOKENIZERS = {
     (_CONTRACTIONS + r"\p{N}" + _REST, "bytes"): "qwen2",
     (r" ?[^(\s|[.,!?…。，、।۔،])]+", "bytes"): "bloom",
 }
+WHOLE_WORDS = ("llama-bpe",)  # of these llama.cpp merges no word that is a token as it is
 SPACE = "▁"
 SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unk_token_id"}
 
@@ -101,7 +102,9 @@ def read_vocabulary(rules: Mapping[str, Any], size: int) -> Vocabulary:
     if model.get("byte_fallback"):
         prefix = _space_prefix(rules)
         return Vocabulary("llama", "default", tokens, types, [], _scores(tokens, merges), prefix)
-    return Vocabulary("gpt2", _pre_tokenizer(rules), tokens, types, merges, [], False)
+    pre = _pre_tokenizer(rules)
+    _require_same_words(rules, pre)
+    return Vocabulary("gpt2", pre, tokens, types, merges, [], False)
 
 
 def _tokens(
@@ -156,6 +159,29 @@ def _pre_tokenizer(rules: Mapping[str, Any]) -> str:
             f'vocabulary="none" and tokenize with transformers'
         )
     return PRE_TOKENIZERS[found]
+
+
+def _require_same_words(rules: Mapping[str, Any], pre: str) -> None:
+    """Refuse a tokenizer that merges words which llama.cpp takes whole, or the other way round.
+
+    It makes a difference only if the merges lead to another cut than the token itself.
+    """
+    model = rules["model"]
+    whole = bool(model.get("ignore_merges"))
+    if whole == (pre in WHOLE_WORDS):
+        return
+    from tokenizers import Tokenizer
+
+    merging = Tokenizer.from_str(json.dumps({**rules, "model": {**model, "ignore_merges": False}}))
+    added = {token["content"] for token in rules["added_tokens"]}
+    for token in model["vocab"]:
+        if token not in added and len(merging.model.tokenize(token)) > 1:
+            raise MismatchError(
+                f"expected ignore_merges: {str(not whole).lower()} in tokenizer.json, as "
+                f"llama.cpp cuts the words of {pre}; with {str(whole).lower()} {token!r} is cut "
+                f'otherwise; correct it, or export with vocabulary="none" and tokenize with '
+                f"transformers"
+            )
 
 
 def _step(step: Mapping[str, Any]) -> str:

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stillroom.blocks import LinearWeight, weight_at
+from stillroom.blocks import LinearWeight
 from stillroom.errors import CorruptedError
 from stillroom.models import Task, Weights, load_config, new_model, quiet
 from stillroom.quantization.formats.experts import Parts, parameter_of, plain_experts
 from stillroom.quantization.formats.folder import open_quantized
+from stillroom.quantization.formats.places import fill, place_of, require_shape
 from stillroom.quantization.linear import QuantizedLinear
 
 
@@ -28,7 +29,8 @@ def load_quantized(
 
     Raises:
         SourceError: the folder holds no GPTQ checkpoint.
-        CorruptedError: tensors of the model are missing.
+        CorruptedError: tensors of the model are missing, or of other shapes than config.json says.
+        MismatchError: packed words are not of 32 bits.
     """
     from transformers import GenerationConfig
     from transformers.initialization import no_init_weights
@@ -41,18 +43,20 @@ def load_quantized(
     model.tie_weights()
     state = {name: quantized.files[name] for name in quantized.plain}
     experts = plain_experts(model, state)
-    found = {name: weight_at(model, name) for name in (*experts.values(), *quantized.layers)}
+    names = (*experts.values(), *quantized.layers)
+    found = {name: place_of(model, name, folder) for name in names}
     # Of a mixture of which some experts are packed: what comes by itself goes over it.
     fused = {parameter_of(name, weight) for name, weight in found.items()} & state.keys()
     for key in fused:
-        model.state_dict()[key].copy_(state.pop(key))
+        fill(model.state_dict()[key], state.pop(key), key, folder)
     parts = Parts()
     for name, weight in found.items():
         parts.add(name, weight)
     for key, name in experts.items():
-        found[name].write(state.pop(key))
+        fill(found[name].read(), state.pop(key), key, folder)
     for name in quantized.layers:
         packed, bits = quantized.packed(name)
+        require_shape(packed.shape, found[name].shape, name, folder)
         layer = QuantizedLinear(packed, None, bits, quantized.checkpoint_format)
         _place(model, name, found[name], layer, state, dtype, weights)
     lacking = [name for name in parts.lacking if name not in fused]
@@ -103,7 +107,7 @@ def _load_rest(
         owner, _, last = key.rpartition(".")
         packed = f"{owner}.weight" in placed and f"{owner}.weight" not in own and last != "weight"
         if key in state:
-            tensor.copy_(state[key])
+            fill(tensor, state[key], key, folder)
         elif not packed and tensor.data_ptr() not in present:
             missing.append(key)
     unknown = sorted(state.keys() - own.keys())

@@ -12,12 +12,14 @@ from torch import Tensor
 from stillroom.errors import SourceError
 from stillroom.folder import WHOLE, filling
 from stillroom.memory import return_free_memory
-from stillroom.quantization.formats.folder import INDEX
+from stillroom.quantization.formats.folder import INDEX, WEIGHTS
 
 SHARD_BYTES = 32 * 2**20
-WEIGHTS = "model.safetensors"
 # What other quantizers write beside config.json; after a conversion it would contradict it.
 STALE = ("quantize_config.json", "quant_config.json", "quant_log.csv")
+# The old weights, in formats that can run code too, and the indices of their shards.
+WEIGHTS_END_IN = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".index.json")
+CHAT_TEMPLATES = "additional_chat_templates"  # all but the first
 
 
 class ShardWriter:
@@ -88,9 +90,11 @@ def new_folder(folder: Path, target: Path) -> Iterator[Path]:
         written = scratch / WHOLE
         written.mkdir()
         for path in sorted(folder.iterdir()):
-            weights = path.suffix in (".safetensors", ".gguf") or path.name == INDEX
-            if path.is_file() and not weights and path.name not in ("config.json", *STALE):
+            replaced = path.name in ("config.json", *STALE) or path.name.endswith(WEIGHTS_END_IN)
+            if path.is_file() and not replaced:
                 shutil.copyfile(path, written / path.name)
+        if (folder / CHAT_TEMPLATES).is_dir():
+            shutil.copytree(folder / CHAT_TEMPLATES, written / CHAT_TEMPLATES)
         yield written
 
 

@@ -69,18 +69,20 @@ def require_fit(layer: PackedLinear) -> None:
     """
     packed, bits = layer.packed, layer.bits
     (inputs,), (groups, outputs) = packed.g_idx.shape, packed.scales.shape
-    zeros = unpack_zeros(packed.qzeros, bits, layer.checkpoint_format).shape
+    unit = values_per_unit(bits)
+    first, last = int(packed.g_idx.min()), int(packed.g_idx.max())
     fits = (
         packed.qweight.shape == (inputs * bits // WORD, outputs)
-        and inputs % values_per_unit(bits) == 0
-        and packed.qweight.dtype == torch.int32
-        and zeros == (groups, outputs)
+        and packed.qzeros.shape == (groups, outputs * bits // WORD)
+        and inputs % unit == outputs % unit == 0
+        and packed.qweight.dtype == packed.qzeros.dtype == torch.int32
         and (layer.bias is None or layer.bias.shape == (outputs,))
-        and 0 <= int(packed.g_idx.min()) <= int(packed.g_idx.max()) < groups
+        and 0 <= first <= last < groups
     )
     if not fits:
         shapes = {name: tuple(tensor.shape) for name, tensor in packed.tensors().items()}
         raise CorruptedError(
             f"expected the tensors of one layer of {bits} bits, {inputs} inputs and {outputs} "
-            f"outputs in {groups} groups, got {shapes}; write the checkpoint again"
+            f"outputs in {groups} groups, got {shapes} and columns of groups {first} to {last}; "
+            "write the checkpoint again"
         )

@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from stillroom.errors import MismatchError, SourceError, StoreError
+from stillroom.models import load_tokenizer, read_config
 from stillroom.quantization.formats.convert import export_folder, measure_export, task_of
 from stillroom.quantization.formats.export import save_quantized
 from stillroom.quantization.formats.folder import open_quantized
@@ -158,8 +159,34 @@ def test_a_dense_model_is_refused(tmp_path):
 
 def test_what_contradicts_the_new_config_is_left_behind(tmp_path):
     (tmp_path / "one").mkdir()
-    for name in ("quantize_config.json", "vocab.txt", "model.safetensors", "config.json"):
+    left = ("quantize_config.json", "model.safetensors", "config.json", "pytorch_model.bin")
+    index = "gptq_model-4bit-32g.safetensors.index.json"  # auto-gptq's, of shards that do not come
+    for name in (*left, "vocab.txt", index):
         (tmp_path / "one" / name).write_text("x")
     with new_folder(tmp_path / "one", tmp_path / "two") as written:
         assert [path.name for path in written.iterdir()] == ["vocab.txt"]
     assert (tmp_path / "two" / "vocab.txt").exists()
+
+
+@pytest.mark.parametrize("export_format", ["gptq_v2", "auto-gptq", "compressed-tensors"])
+def test_all_chat_templates_go_along(tmp_path, export_format):
+    saved(tmp_path / "one")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "one")
+    export_folder(tmp_path / "one", tmp_path / "two", export_format)
+    assert load_tokenizer(tmp_path / "two").chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("export_format", ["gptq", "auto-gptq"])
+def test_the_version_is_said_once(tmp_path, export_format):
+    """gptqmodel writes it under two names, and reads the newer one."""
+    saved(tmp_path / "one")
+    export_folder(tmp_path / "one", tmp_path / "two", "gptq_v2")
+    config = read_config(tmp_path / "two")
+    config["quantization_config"]["format"] = "gptq_v2"
+    (tmp_path / "two" / "config.json").write_text(json.dumps(config))
+    export_folder(tmp_path / "two", tmp_path / "three", export_format)
+    section = read_config(tmp_path / "three")["quantization_config"]
+    assert section["checkpoint_format"] == "gptq"
+    assert section.get("format", "gptq") == "gptq"

@@ -129,3 +129,22 @@ def test_llama_cpp_makes_the_same_ids(tmp_path, name):
         came = llama.tokenize(text.encode(), add_bos=False, special=True)
         assert came == tokenizer(text)["input_ids"], text
     llama.close()
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "qwen2"])
+@pytest.mark.parametrize("reached", [True, False])
+def test_words_that_are_tokens_are_cut_as_llama_cpp_cuts_them(name, reached):
+    """Only Llama 3's are taken whole, which shows where the merges do not lead to the token."""
+    own = rules(with_words(name))
+    own["model"]["vocab"] = {token: i for i, token in enumerate(("a", "b", "c", "bc", "ab", "abc"))}
+    own["model"]["merges"] = [["b", "c"], ["a", "b"], ["a", "bc"] if reached else ["ab", "c"]]
+    own["added_tokens"] = []
+    as_there = name == "llama-bpe"
+    own["model"]["ignore_merges"] = as_there
+    assert read_vocabulary(own, 6).pre == name
+    own["model"]["ignore_merges"] = not as_there
+    if reached:
+        assert read_vocabulary(own, 6).pre == name
+    else:
+        with pytest.raises(MismatchError, match="'abc' is cut otherwise"):
+            read_vocabulary(own, 6)
