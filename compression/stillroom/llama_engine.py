@@ -22,7 +22,7 @@ FURTHER_RULES = {
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
     "min_length": 0,
-    "min_new_tokens": None,
+    "min_new_tokens": 0,
     "bad_words_ids": None,
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
@@ -30,7 +30,7 @@ FURTHER_RULES = {
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
     "exponential_decay_length_penalty": None,
-    "guidance_scale": None,
+    "guidance_scale": 1,
 }
 """Settings of transformers that change a greedy choice, and what they are where they do not."""
 

@@ -27,9 +27,9 @@ _CJK = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 # their full stops, and what joins or parts letters within a word.
 _MARKS = (
     r"\u0300-\u036f\u0591-\u05bd\u05bf-\u05c7\u0610-\u061a\u064b-\u065f\u0670"
-    r"\u06d6-\u06dc\u06df-\u06e8\u06ea-\u06ed\u0900-\u0963\u0971-\u0dff\u200c\u200d"
+    r"\u06d6-\u06dc\u06df-\u06e8\u06ea-\u06ed\u0900-\u0963\u0971-\u0df3\u200c\u200d"
 )
-WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}](?:[^\W{_CJK}]|[{_MARKS}])*")
+WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+(?:[{_MARKS}]+[^\W{_CJK}]*)*")
 # A run in more evaluation families than this is boilerplate: a licence, an instruction.
 BOILERPLATE_FAMILIES = 10
 

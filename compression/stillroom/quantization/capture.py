@@ -208,7 +208,7 @@ class Watch(TorchFunctionMode):
 
     It sees the product itself, so that it makes no difference whether a module or a slice of a
     mixture's fused parameter holds the weight. `picked` are the rows that were taken last of any
-    matrix; None where there were none.
+    matrix and are not put back yet; None where there are none.
     """
 
     def __init__(
@@ -233,6 +233,8 @@ class Watch(TorchFunctionMode):
         """Look at the product or at what is taken, then compute it."""
         if func is Tensor.__getitem__:
             self.picked = _picked(*args) or self.picked
+        elif func is Tensor.index_add_:
+            self.picked = None  # an expert's outputs go back to their tokens
         places = PRODUCTS.get(func)
         if places is not None and len(args) > max(places):
             weight = args[places[1]]

@@ -98,8 +98,8 @@ def warn_of_unseen(stacks: Mapping[str, nn.ModuleList]) -> None:
     share = sum(unseen.values()) / whole
     if share > LARGEST_SHARE_UNSEEN:
         logger.warning(
-            "%.0f %% of the weights inside the blocks are not quantized, first %s: they are in no "
-            "linear layer, and in no experts as transformers marks them",
+            "%.0f %% of the weights inside the blocks are not quantized, first %s: they belong "
+            "neither to a linear layer nor to experts that transformers marks as such",
             100 * share,
             next(iter(unseen)),
         )

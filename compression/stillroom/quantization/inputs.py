@@ -78,7 +78,7 @@ def _calls(
 
 
 class _SeenAll(Exception):
-    """It ends a block's forward pass that has shown enough, so that it leaves no outputs."""
+    """It ends a block's forward pass early, once all inputs were seen; the pass has no outputs."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def collect(
         ) -> None:
             kept = f"{name}-{b}"
             other = None
-            if _is_of_all(value, mask) and full_precision and full_precision.has(kept):
+            if full_precision and full_precision.has(kept) and _is_of_all(value, mask, picked):
                 other = full_precision.read(kept, value.device)
             columns = value.shape[-1]
             accumulator = found.setdefault((name, b in held_out), HessianAccumulator(columns))
@@ -169,7 +169,7 @@ def watch_inputs(
         ) -> None:
             if name in called:
                 kept.drop(f"{name}-{b}")
-            elif _is_of_all(value, mask):
+            elif _is_of_all(value, mask, picked):
                 kept.write(f"{name}-{b}", _real_tokens(value, mask, picked))
             called.add(name)
 
@@ -182,15 +182,23 @@ def _real_tokens(value: Tensor, mask: Tensor, picked: Picked | None) -> Tensor:
     """Return the inputs of real tokens, (tokens, in); all where it is not known whose they are."""
     rows = value.flatten(0, -2)  # (tokens, in)
     real = mask.flatten().bool()
-    if picked is not None and not _is_of_all(value, mask):
-        is_choice = picked.of == len(real) and len(picked.index) == len(rows)
-        real = real[picked.index] if is_choice else real
-    return rows if len(real) != len(rows) or bool(real.all()) else rows[real]
+    if picked is not None and _is_choice(value, mask, picked):
+        real = real[picked.index]
+    elif not _is_of_all(value, mask, picked):
+        return rows
+    return rows if bool(real.all()) else rows[real]
 
 
-def _is_of_all(value: Tensor, mask: Tensor) -> bool:
-    """Return whether inputs, (rows, length, in) or (rows * length, in), are those of all tokens."""
+def _is_of_all(value: Tensor, mask: Tensor, picked: Picked | None) -> bool:
+    """Return whether inputs, (rows, length, in) or (tokens, in), are all tokens', in order."""
+    if picked is not None and _is_choice(value, mask, picked):
+        return False
     return value.shape[:-1] in (mask.shape, (mask.numel(),))
+
+
+def _is_choice(value: Tensor, mask: Tensor, picked: Picked) -> bool:
+    """Return whether inputs, (taken, in), are of the tokens that were picked last."""
+    return value.dim() == 2 and picked.of == mask.numel() and len(picked.index) == len(value)
 
 
 def _family(weight: LinearWeight) -> object:

@@ -13,7 +13,7 @@ from stillroom.quantization.hessian import Statistics
 from stillroom.quantization.inputs import Sums, collect, dead_inputs, plan_rounds, watch_inputs
 from stillroom.quantization.streaming import Activations, Stream
 from tests.stillroom.quantization.test_architectures import make
-from tests.stillroom.tiny_mixtures import tiny_qwen3_moe, tiny_switch
+from tests.stillroom.tiny_mixtures import tiny_mixtral, tiny_qwen3_moe, tiny_switch
 
 
 class _Block(nn.Module):
@@ -158,6 +158,21 @@ def test_padding_does_not_count(kind, tmp_path):
     assert downs == (2 * real if experts else 0)
     assert tokens[0] == tokens[1]
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(first, last, strict=True))
+
+
+def test_padding_does_not_count_where_an_expert_gets_every_token(tmp_path):
+    """Mixtral takes the tokens by the place they give the expert, not in their order."""
+    ids = torch.randint(4, 64, (3, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = mask[2, 5:] = 0
+    hessians = []
+    for padding in (0, 9):
+        ids[mask == 0] = padding
+        model = tiny_mixtral(num_local_experts=2)
+        seen = _first_block(model, ids, mask, tmp_path / str(padding))
+        assert all(each.train.tokens == int(mask.sum()) for each in seen.values())
+        hessians.append([each.train.hessian for each in seen.values()])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*hessians, strict=True))
 
 
 def test_an_expert_may_get_as_many_tokens_as_there_are_rows(tmp_path):
