@@ -221,8 +221,11 @@ class Settings(BaseSettings):
         here["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "120"
         if server:
             here["PREFECT_API_URL"] = server
-        elif self.prefect_database and "PREFECT_API_URL" not in os.environ:
-            here["PREFECT_API_DATABASE_CONNECTION_URL"] = self.prefect_database.get_secret_value()
+        elif "PREFECT_API_URL" not in os.environ:
+            here["UVICORN_LOOP"] = "tasks.servers.prefect_server:new_loop"
+            if self.prefect_database:
+                database = self.prefect_database.get_secret_value()
+                here["PREFECT_API_DATABASE_CONNECTION_URL"] = database
         return {name: value for name, value in here.items() if name not in os.environ}
 
     def logins(self) -> dict[str, str]:
