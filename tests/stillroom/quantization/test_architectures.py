@@ -94,6 +94,8 @@ CLASSES = {
     "sequence_classification": tf.AutoModelForSequenceClassification,
     "seq2seq_lm": tf.AutoModelForSeq2SeqLM,
 }
+BESIDE_BLOCKS = ("longt5", "deberta with a convolution")
+"""Kinds that compute more than the next block's input between two blocks."""
 
 
 def make(kind):
@@ -173,7 +175,7 @@ def test_encoder_and_decoder_are_both_quantized():
     assert result.layers[cross].account.method == "gptq"
 
 
-@pytest.mark.parametrize("kind", ["longt5", "deberta with a convolution"])
+@pytest.mark.parametrize("kind", BESIDE_BLOCKS)
 def test_blocks_see_what_they_see_in_the_model(kind):
     """Also their own padding's mask, and what is done between two blocks."""
     model, data = make(kind), rows()
