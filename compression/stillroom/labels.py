@@ -1,10 +1,10 @@
-"""Which classes a model knows, and whether they are those of the rows that it is asked about."""
+"""Which classes a model knows, if any, and whether they are those of the rows it is asked about."""
 
 from pathlib import Path
 from typing import Any
 
-from stillroom.errors import MismatchError
-from stillroom.models import load_config, require_label_head
+from stillroom.errors import MismatchError, SourceError
+from stillroom.models import load_config, read_config
 
 SHOWN = 5
 
@@ -44,6 +44,27 @@ def require_same_classes(
             f"{whose}: expected rows of its {len(known)} classes in their order, {_listed(known)}; "
             f"{len(label_names)} came, {_listed(label_names)}; {remedy}"
         )
+
+
+def require_label_head(folder: Path, whose: str, remedy: str) -> None:
+    """Refuse a bare encoder, whose classes would be named by a head of random weights.
+
+    Raises:
+        SourceError: it is one; its sentence begins with `whose` it is, and ends with the `remedy`.
+    """
+    config = read_config(folder)
+    if lacks_label_head(config):
+        raise SourceError(
+            f"{whose} holds a {config['architectures'][0]}, which has no head that names classes: "
+            f"{remedy}"
+        )
+
+
+def lacks_label_head(config: dict[str, Any]) -> bool:
+    """Return whether a config.json is of a model that would get a random head as a classifier."""
+    name = (config.get("architectures") or [""])[0]
+    own = "AutoModelForSequenceClassification" in config.get("auto_map", {})
+    return bool(name) and not name.endswith("ForSequenceClassification") and not own
 
 
 def require_trained_head(folder: Path) -> None:

@@ -79,8 +79,8 @@ def load_model(
 
         return load_quantized(folder, task=task, dtype=dtype, weights=weights)
     # A classifier's head may come from an adapter.
-    own = task == "sequence_classification"
-    return load_pretrained(folder, task=task, dtype=dtype, laid_out=laid_out, new_head=own)
+    new_head = task == "sequence_classification"
+    return load_pretrained(folder, task=task, dtype=dtype, laid_out=laid_out, new_head=new_head)
 
 
 def load_pretrained(
@@ -248,27 +248,6 @@ def _require_word_head(config: dict[str, Any], folder: Path) -> None:
             f"{folder} holds a {name}, which has no head that names words: a model saved as "
             "ForMaskedLM expected; take one, or set teacher.fine_tune to train a head first"
         )
-
-
-def require_label_head(folder: Path, whose: str, remedy: str) -> None:
-    """Refuse a bare encoder, whose classes would be named by a head of random weights.
-
-    Raises:
-        SourceError: it is one; its sentence begins with `whose` it is, and ends with the `remedy`.
-    """
-    config = read_config(folder)
-    if lacks_label_head(config):
-        raise SourceError(
-            f"{whose} holds a {config['architectures'][0]}, which has no head that names classes: "
-            f"{remedy}"
-        )
-
-
-def lacks_label_head(config: dict[str, Any]) -> bool:
-    """Return whether a config.json is of a model that would get a random head as a classifier."""
-    name = (config.get("architectures") or [""])[0]
-    own = "AutoModelForSequenceClassification" in config.get("auto_map", {})
-    return bool(name) and not name.endswith("ForSequenceClassification") and not own
 
 
 def _tell_padding(model: Any, folder: Path) -> None:

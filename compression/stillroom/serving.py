@@ -108,7 +108,8 @@ class ServedModel:
     def _load(self, folder: Path) -> tuple[Any, Any]:
         import torch
 
-        from stillroom.models import load_model, load_tokenizer, require_label_head
+        from stillroom.labels import require_label_head
+        from stillroom.models import load_model, load_tokenizer
         from stillroom.quantization.kernels.choose import fastest_weights
 
         if self.contents.base is None and self.contents.task == "sequence_classification":

@@ -11,8 +11,8 @@ from stillroom.data.conversations import render
 from stillroom.data.documents import Document
 from stillroom.data.examples import Examples
 from stillroom.evaluation.reload import measure_reload
+from stillroom.labels import lacks_label_head
 from stillroom.models import (
-    lacks_label_head,
     load_body,
     load_pretrained,
     load_tokenizer,

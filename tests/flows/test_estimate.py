@@ -6,7 +6,7 @@ import pytest
 
 from flows.estimate import FLOPS_A_THREAD, START_SECONDS, Estimate, _data_of, estimate
 from flows.shape import Shape
-from stillroom.config import validate
+from stillroom.config import Recipe, validate
 from stillroom.hardware import threads_here
 from tasks.stages import (
     DISTILL_STUDENT,
@@ -21,20 +21,15 @@ from tasks.stages import (
 SHAPE = Shape(30, 576, 1536, 9, 3, 64, True, 49152, 1)
 
 
+def recipe_of(data: dict[str, int], **sections: Any) -> Recipe:
+    text = {"train": {"source": "text.jsonl"}, "sequence_length": 100}
+    common = {"name": "planned", "teacher": {"source": "elsewhere"}, "data": text | data}
+    return validate(common | sections, "test")
+
+
 def planned(stage: Stage, **training: Any) -> Estimate:
-    recipe = validate(
-        {
-            "name": "planned",
-            "teacher": {"source": "elsewhere"},
-            "data": {
-                "train": {"source": "text.jsonl"},
-                "sequence_length": 100,
-                "max_train_tokens": 2_000_000,
-            },
-            "distillation": {"student": {"layers": 15}, "training": training},
-        },
-        "test",
-    )
+    student = {"student": {"layers": 15}, "training": training}
+    recipe = recipe_of({"max_train_tokens": 2_000_000}, distillation=student)
     assert recipe.distillation
     trained = recipe.distillation.training.model_dump(mode="json")
     section = {"training": trained, "trial": {"dimension": 0}}
@@ -54,19 +49,7 @@ def test_a_training_takes_as_long_as_its_steps_or_its_epochs(stage: Stage) -> No
 
 
 def quantized(**section: Any) -> Estimate:
-    recipe = validate(
-        {
-            "name": "planned",
-            "teacher": {"source": "elsewhere"},
-            "data": {
-                "train": {"source": "text.jsonl"},
-                "sequence_length": 100,
-                "calibration_rows": 128,
-            },
-            "quantization": section,
-        },
-        "test",
-    )
+    recipe = recipe_of({"calibration_rows": 128}, quantization=section)
     assert recipe.quantization
     asked = recipe.quantization.model_dump(mode="json")
     return estimate(

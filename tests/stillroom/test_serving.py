@@ -15,8 +15,9 @@ import torch
 from stillroom import serving_options
 from stillroom.contents import BaseReference, Contents, list_files, verify_files
 from stillroom.errors import MismatchError, RecipeError, SourceError
+from stillroom.labels import require_label_head
 from stillroom.llama_engine import GGUF_FILE, LlamaCppModel, has_llama_cpp, read_stop_ids
-from stillroom.models import load_model, load_tokenizer, require_label_head
+from stillroom.models import load_model, load_tokenizer
 from stillroom.quantization.formats.gguf_export import export_gguf
 from stillroom.serving import ServedModel
 from stillroom.serving_options import DEFAULT_CONFIG, choose_engine
