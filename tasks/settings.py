@@ -222,6 +222,7 @@ class Settings(BaseSettings):
         if server:
             here["PREFECT_API_URL"] = server
         elif "PREFECT_API_URL" not in os.environ:
+            # Prefect runs that server with uvicorn, which is to collect garbage aside.
             here["UVICORN_LOOP"] = "tasks.servers.prefect_server:new_loop"
             if self.prefect_database:
                 database = self.prefect_database.get_secret_value()
